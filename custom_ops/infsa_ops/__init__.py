@@ -1,0 +1,16 @@
+"""The operators of Infinite Self-Attention (arXiv 2603.00175): torch ops that reach ONNX as nodes of domain `infsa`."""
+
+from infsa_ops.common import EPSILON
+from infsa_ops.linear_state import linear_attention, linear_state_update
+from infsa_ops.neumann_kernel import neumann_kernel
+
+DOMAIN = "infsa"
+"""ONNX domain and torch namespace of the operators."""
+
+VERSION = 1
+"""Version of the ONNX domain."""
+
+ALL = ("linear_state", "neumann_kernel")
+"""The operators, a folder each. A new one is a folder with the same file names and a name here."""
+
+__all__ = ["ALL", "DOMAIN", "EPSILON", "VERSION", "linear_attention", "linear_state_update", "neumann_kernel"]

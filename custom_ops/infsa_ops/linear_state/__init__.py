@@ -1,0 +1,6 @@
+"""`LinearInfSAStateUpdate`, the state of Linear-InfSA, and the attention made of it."""
+
+from infsa_ops.linear_state.attention import linear_attention
+from infsa_ops.linear_state.op import linear_state_update
+
+__all__ = ["linear_attention", "linear_state_update"]

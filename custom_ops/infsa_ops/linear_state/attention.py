@@ -1,0 +1,48 @@
+"""Linear-InfSA attention: two sweeps over the tokens that meet only in the state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from infsa_ops.common import EPSILON, per_head
+from infsa_ops.linear_state.op import linear_state_update
+
+
+def _state(values: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, _, width = values.shape
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.new_zeros((batch, heads), dtype=dtype), values.new_zeros((batch, heads, width), dtype=dtype)
+
+
+def _mean(weights: Tensor, values: Tensor) -> Tensor:
+    mass, moment = linear_state_update(weights, values, *_state(values))
+    return (moment / (mass[..., None] + EPSILON)).to(values.dtype)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Tensor:
+    """Attention of Linear-InfSA (arXiv 2603.00175): every token receives the same ρ-weighted mean of the values.
+
+    Token n weighs aₙ = relu(q̄ · k̂ₙ), where q̄ is the mean query weighted by its norms and q̂, k̂ are scaled by 1/√d.
+
+    Args:
+        q, k: `[B, H, N, d]`, floating.
+        v: `[B, H, N, d_v]`, dtype of `q`. With the identity, d_v = N, the rows of the result are the scores.
+        rho: discount in (0, 1), a scalar or `[H]`.
+
+    Returns:
+        `[B, H, N, d_v]`, dtype of `v`; a broadcast view, equal along N.
+
+    Raises:
+        ValueError: ρ of another shape.
+        RuntimeError: shapes that don't fit together.
+    """
+    scale = 1 / math.sqrt(q.shape[-1])
+    queries, keys = q * scale, k * scale
+    energy = torch.linalg.vector_norm(queries, dim=-1)
+    mean_query = _mean(energy, queries)
+    score = torch.relu(torch.matmul(keys, mean_query[..., None])[..., 0])
+    out = per_head(rho, v) * _mean(score, v)[..., None, :]
+    return out.expand(v.shape)

@@ -1,0 +1,54 @@
+"""`LinearInfSAStateUpdate` in ONNX: schema, translation from torch, and body in standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from infsa_ops.linear_state import op as _registration  # noqa: F401  (registers the torch op)
+
+NAME = "LinearInfSAStateUpdate"
+TORCH_OP = torch.ops.infsa.linear_state_update.default
+
+SCHEMA = onnx.defs.OpSchema(
+    NAME,
+    "infsa",
+    1,
+    doc="mass + sum(weights) and moment + sum(weights * values) over the tokens.",
+    inputs=[
+        onnx.defs.OpSchema.FormalParameter("weights", "T", "[B, H, N]"),
+        onnx.defs.OpSchema.FormalParameter("values", "T", "[B, H, N, d]"),
+        onnx.defs.OpSchema.FormalParameter("mass", "tensor(float)", "[B, H]"),
+        onnx.defs.OpSchema.FormalParameter("moment", "tensor(float)", "[B, H, d]"),
+    ],
+    outputs=[
+        onnx.defs.OpSchema.FormalParameter("mass_out", "tensor(float)", "[B, H]"),
+        onnx.defs.OpSchema.FormalParameter("moment_out", "tensor(float)", "[B, H, d]"),
+    ],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the tokens")],
+)
+
+
+def translate(weights: Any, values: Any, mass: Any, moment: Any) -> Any:
+    """The torch op's node, for `torch.onnx.export(custom_translation_table=…)`."""
+    return onnxscript.values.Opset("infsa", 1).LinearInfSAStateUpdate(weights, values, mass, moment)
+
+
+def body(attributes: Mapping[str, ir.Attr], opset: int) -> ir.Function:
+    """The operator in standard ONNX operators of version `opset`."""
+
+    def trace(op: Any, weights: ir.Value, values: ir.Value, mass: ir.Value, moment: ir.Value) -> list[ir.Value]:
+        # float32 whatever the tokens are: in half precision a sum over 332k tokens overflows
+        w = op.Cast(weights, to=ir.DataType.FLOAT)
+        x = op.Cast(values, to=ir.DataType.FLOAT)
+        mass_out = op.Add(mass, op.ReduceSum(w, [-1], keepdims=0))
+        row = op.MatMul(op.Unsqueeze(w, [-2]), x)
+        return [mass_out, op.Add(moment, op.Squeeze(row, [-2]))]
+
+    inputs = [ir.Value(name=name) for name in ("weights", "values", "mass", "moment")]
+    return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})

@@ -1,0 +1,77 @@
+"""`infsa::linear_state_update`, registered with torch: kernel, shapes, gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _check(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> None:
+    torch._check(weights.dim() == 3, lambda: f"weights has {weights.dim()} dimensions, expected [B, H, N]")
+    torch._check(values.dim() == 4, lambda: f"values has {values.dim()} dimensions, expected [B, H, N, d]")
+    batch, heads, tokens, width = values.shape
+    for name, tensor, shape in (
+        ("weights", weights, (batch, heads, tokens)),
+        ("mass", mass, (batch, heads)),
+        ("moment", moment, (batch, heads, width)),
+    ):
+        torch._check(
+            len(tensor.shape) == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
+            lambda name=name, tensor=tensor, shape=shape: (
+                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} to match values {list(values.shape)}"
+            ),
+        )
+    for name, state in (("mass", mass), ("moment", moment)):
+        torch._check(
+            state.dtype in (torch.float32, torch.float64),
+            lambda name=name, state=state: f"{name} is {state.dtype}, expected a float32 or float64 state",
+        )
+
+
+@torch.library.custom_op("infsa::linear_state_update", mutates_args=())
+def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Add weighted tokens to a state: mass + Σ wₙ and moment + Σ wₙ xₙ (ONNX `infsa::LinearInfSAStateUpdate`).
+
+    The state is a monoid: states add, in any order and grouping, so tokens may come in chunks, from disk or from
+    other machines. Reading it out is moment / (mass + ε).
+
+    Args:
+        weights: w, `[B, H, N]`, any floating dtype.
+        values: x, `[B, H, N, d]`, any floating dtype.
+        mass: `[B, H]`, float32 or float64 (in half precision the sums overflow).
+        moment: `[B, H, d]`, dtype of `mass`.
+
+    Returns:
+        The new mass and moment, in their own dtype.
+
+    Raises:
+        RuntimeError: shapes that don't fit together, or a state that is neither float32 nor float64.
+    """
+    _check(weights, values, mass, moment)
+    w = weights.to(mass.dtype)
+    x = values.to(moment.dtype)
+    return mass + w.sum(-1), moment + torch.matmul(w[..., None, :], x)[..., 0, :]
+
+
+@linear_state_update.register_fake
+def _(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    _check(weights, values, mass, moment)
+    return torch.empty_like(mass), torch.empty_like(moment)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    weights, values, _, _ = inputs
+    ctx.save_for_backward(weights, values)
+
+
+def _backward(ctx: Any, grad_mass: Tensor, grad_moment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights, values = ctx.saved_tensors
+    from_moment = torch.matmul(values.to(grad_moment.dtype), grad_moment[..., None])[..., 0]
+    grad_weights = grad_mass[..., None] + from_moment
+    grad_values = weights.to(grad_moment.dtype)[..., None] * grad_moment[..., None, :]
+    return grad_weights.to(weights.dtype), grad_values.to(values.dtype), grad_mass, grad_moment
+
+
+linear_state_update.register_autograd(_backward, setup_context=_setup_context)

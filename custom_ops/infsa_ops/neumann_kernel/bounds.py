@@ -1,0 +1,40 @@
+"""How far T terms are from the limit of the series.
+
+‖Â‖₂ ≤ ‖Â‖_F ≤ 1, so the rest of the series after T terms is at most Σ_{t>T} ρᵗ⁻ᵀ‖S_T‖ = ρ/(1−ρ)·‖S_T‖, with
+S_T = (ρÂ)ᵀV the last term.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def a_priori_bound(rho: float, terms: int) -> float:
+    """ρ^(T+1) / (1−ρ): the rest relative to ‖V‖_F, for any tokens, with ρ in (0, 1)."""
+    return float(rho ** (terms + 1) / (1 - rho))
+
+
+def a_posteriori_bound(rho: Tensor | float, last_term: Tensor) -> Tensor:
+    """ρ/(1−ρ) · ‖S_T‖_F: the rest in the Frobenius norm, `[B, H]`, given the last term `[B, H, N, d]`."""
+    rho = torch.as_tensor(rho, dtype=last_term.dtype, device=last_term.device)
+    return rho / (1 - rho) * torch.linalg.vector_norm(last_term, dim=(-2, -1))
+
+
+def terms_for(rho: float, tolerance: float) -> int:
+    """The least T whose a-priori bound is at most `tolerance`.
+
+    Raises:
+        ValueError: ρ or the tolerance is not in (0, 1), or not positive.
+    """
+    if not 0 < rho < 1 or not tolerance > 0:
+        raise ValueError(f"rho = {rho}, tolerance = {tolerance}: expected 0 < rho < 1 and tolerance > 0")
+    terms = max(1, math.ceil(math.log(tolerance * (1 - rho)) / math.log(rho)) - 1)
+    # the logarithms round: step to the exact place
+    while a_priori_bound(rho, terms) > tolerance:
+        terms += 1
+    while terms > 1 and a_priori_bound(rho, terms - 1) <= tolerance:
+        terms -= 1
+    return terms

@@ -1,0 +1,101 @@
+"""`infsa::neumann_kernel`, registered with torch: kernel, shapes, gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infsa_ops.common import EPSILON, per_head
+from infsa_ops.neumann_kernel import reference
+
+TILE = 256
+"""Queries at a time: N×N never exists, and a tile of affinities stays in cache."""
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        torch._check(
+            tensor.dim() == 4,
+            lambda name=name, tensor=tensor: f"{name} has {tensor.dim()} dimensions, expected [B, H, N, d]",
+        )
+    same = all(a == b for a, b in zip(q.shape, k.shape, strict=True))
+    torch._check(same, lambda: f"k has shape {list(k.shape)}, expected q's, {list(q.shape)}")
+    same = all(a == b for a, b in zip(q.shape[:3], v.shape[:3], strict=True))
+    torch._check(same, lambda: f"v has shape {list(v.shape)}, expected {[*q.shape[:3], 'd_v']}")
+    torch._check(terms >= 1, lambda: f"terms is {terms}, expected at least 1")
+    per_head(rho, q)
+
+
+@torch.library.custom_op("infsa::neumann_kernel", mutates_args=())
+def _neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
+    _check(q, k, v, rho, terms)
+    keys = (k / q.shape[-1]).transpose(-1, -2)
+    energy = q.new_zeros(q.shape[:2], dtype=torch.float64)
+    term = torch.empty_like(v)
+    starts = range(0, q.shape[2], TILE)
+    for start in starts:
+        affinity = torch.relu(q[:, :, start : start + TILE] @ keys)
+        # row by row, then over rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097
+        energy += affinity.square().sum(-1).sum(-1, dtype=torch.float64)
+        term[:, :, start : start + TILE] = affinity @ v
+    scale = per_head(rho, q) / (energy.sqrt().to(q.dtype)[..., None, None] + EPSILON)
+    term *= scale
+    total = term
+    for _ in range(terms - 1):
+        following = torch.empty_like(term)
+        for start in starts:
+            affinity = torch.relu(q[:, :, start : start + TILE] @ keys)
+            following[:, :, start : start + TILE] = affinity @ term
+        term = following * scale
+        total = total + term
+    return total
+
+
+@_neumann_kernel.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
+    _check(q, k, v, rho, terms)
+    return torch.empty_like(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.terms = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Recomputed through the dense reference: training is where N×N fits.
+    needed = ctx.needs_input_grad[:4]
+    q, k, v, rho = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True))
+    with torch.enable_grad():
+        out = reference.neumann_kernel(q, k, v, rho, ctx.terms)
+    grads = iter(torch.autograd.grad(out, [t for t in (q, k, v, rho) if t.requires_grad], grad))
+    return (*(next(grads) if need else None for need in needed), None)
+
+
+_neumann_kernel.register_autograd(_backward, setup_context=_setup_context)
+
+
+def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int = 1) -> Tensor:
+    """Σ_{t=1..T} (ρÂ)ᵗ V with Â = relu(q̂k̂ᵀ) / (‖relu(q̂k̂ᵀ)‖_F + ε) (ONNX `infsa::NeumannKernel`).
+
+    The Neumann series of Pure InfSA (arXiv 2603.00175), a tile of queries at a time: memory is linear in N, time
+    is T·N². q̂ and k̂ are scaled by 1/√d.
+
+    Args:
+        q, k: `[B, H, N, d]`, floating.
+        v: `[B, H, N, d_v]`, dtype of `q`. With the identity, d_v = N, one term is the scores ρÂ.
+        rho: discount in (0, 1), a scalar or `[H]`.
+        terms: T, at least 1; 1 is what the reference package computes.
+
+    Returns:
+        `[B, H, N, d_v]`, dtype of `v`.
+
+    Raises:
+        ValueError: ρ of another shape.
+        RuntimeError: shapes that don't fit together, or `terms` below 1.
+    """
+    rho = torch.as_tensor(rho, dtype=q.dtype, device=q.device)
+    out: Tensor = _neumann_kernel(q, k, v, rho, terms)
+    return out

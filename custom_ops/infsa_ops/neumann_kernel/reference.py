@@ -1,0 +1,37 @@
+"""Pure InfSA with the whole N×N matrix, in whatever precision the arguments have: the truth when that is float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infsa_ops.common import EPSILON, per_head
+
+
+def neumann_scores(q: Tensor, k: Tensor, rho: Tensor | float) -> Tensor:
+    """ρÂ with A = relu(q̂ k̂ᵀ) and Â = A / (‖A‖_F + ε): `[B, H, N, N]` of q and k `[B, H, N, d]`."""
+    affinity = torch.relu(q @ k.transpose(-1, -2) / q.shape[-1])
+    norm = torch.linalg.vector_norm(affinity, dim=(-2, -1), keepdim=True)
+    return per_head(rho, q) * affinity / (norm + EPSILON)
+
+
+def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int = 1) -> Tensor:
+    """Σ_{t=1..T} (ρÂ)ᵗ V, `[B, H, N, d_v]` of v `[B, H, N, d_v]`."""
+    scores = neumann_scores(q, k, rho)
+    term = scores @ v
+    total = term
+    for _ in range(terms - 1):
+        term = scores @ term
+        total = total + term
+    return total
+
+
+def neumann_limit(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Tensor:
+    """((I − ρÂ)⁻¹ − I) V, what the series converges to, solved densely in float64.
+
+    Katz centrality's kernel; the fundamental matrix of an absorbing Markov chain, less the identity.
+    """
+    scores = neumann_scores(q.double(), k.double(), rho)
+    identity = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
+    # ((I − S)⁻¹ − I) V = (I − S)⁻¹ S V, which doesn't cancel where S is small
+    return torch.linalg.solve(identity - scores, scores @ v.double())

@@ -1,0 +1,21 @@
+"""Deploy Infinite Self-Attention vision transformers: checkpoint → ONNX → engine → parity → images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from infexport.graph import export
+
+__all__ = ["__version__", "export"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported only by who exports: the command line must answer without it
+    if name == "export":
+        from infexport.graph import export
+
+        return export
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""The command line: every command parses, calls a stage and displays."""
+
+from __future__ import annotations
+
+import click
+
+from infexport import __version__
+from infexport.cli.build_engine import build_engine
+from infexport.cli.convert import convert
+from infexport.cli.doctor import doctor
+from infexport.cli.inspect import inspect
+from infexport.cli.output import ErrorGroup
+from infexport.cli.run_engine import run_engine
+from infexport.cli.validate import validate
+
+HELP = """Deploy Infinite Self-Attention vision transformers.
+
+\b
+  infexport convert checkpoint model.safetensors --output bundle
+  infexport validate parity bundle
+  infexport build-engine bundle --target a100
+  infexport run-engine bundle photo.jpg
+
+Results go to stdout, messages to stderr. Exit code 0: done, 1: the answer is no, 2: wrong usage or input.
+"""
+
+
+@click.group(cls=ErrorGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="infexport")
+def cli() -> None:
+    pass
+
+
+for command in (convert, validate, build_engine, run_engine, inspect, doctor):
+    cli.add_command(command)

@@ -1,0 +1,80 @@
+"""`infexport convert checkpoint`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from infexport.cli.output import Output
+from infexport.extras import require
+
+
+class Floats(click.ParamType[tuple[float, ...]]):
+    """Three numbers, `R,G,B`."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != 3:
+            self.fail(f"{value!r} is not three numbers separated by commas, such as 0.5,0.5,0.5", param, ctx)
+        return numbers
+
+
+@click.group()
+def convert() -> None:
+    """Convert a trained model to a bundle."""
+
+
+@convert.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The bundle to make, a folder.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+@click.option("--variant", metavar="[linear_infsa|pure_infsa]", help="Attention of the model.")
+@click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads.")
+@click.option("--layout", default="auto", show_default=True, help="Whose parameter names the checkpoint has.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="JSON with what shapes don't tell.")
+@click.option("--labels", "labels_file", type=click.Path(path_type=Path), help="Class names: lines or JSON.")
+@click.option("--rho", type=float, help="Discount, where the checkpoint has none.  [default: 0.95]")
+@click.option("--norm-eps", type=click.FloatRange(min=0, min_open=True), help="Epsilon of the LayerNorms.")
+@click.option("--mean", type=Floats(), help="Mean of the pixels in [0, 1].  [default: ImageNet's]")
+@click.option("--std", type=Floats(), help="Standard deviation of the pixels.  [default: ImageNet's]")
+@click.option("--neumann-terms", type=click.IntRange(min=1), help="Terms of the Neumann series.  [default: 1]")
+@click.option(
+    "--neumann-tol",
+    type=click.FloatRange(min=0, min_open=True),
+    help="As many terms as leave out at most this, relative to the values, for any image.",
+)
+@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
+@click.option("--input", type=click.Choice(["uint8", "float32"]), default="uint8", show_default=True,
+              help="RGB image [B,H,W,3], or normalised pixels [B,3,H,W].")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def checkpoint(checkpoint: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Convert CHECKPOINT (.pth, .pt, .safetensors or a Hugging Face folder) to ONNX.
+
+    The bundle holds model.onnx, its weights and infexport.json, which records what was converted and how. It
+    appears when it is complete.
+    """
+    if options["neumann_terms"] is not None and options["neumann_tol"] is not None:
+        raise click.UsageError("--neumann-terms and --neumann-tol exclude each other: give one")
+    del options["precision"]  # fp32 is the only one there is
+    out = Output(as_json)
+    require("torch", "onnx", "onnxscript", "safetensors", extra="export")
+    from infexport.convert import ConvertOptions, convert
+    from infexport.summary import summary_lines, warnings_of
+
+    bundle = convert(checkpoint, output, ConvertOptions(**options), out.status)
+    for name, value in bundle.manifest.assumed.items():
+        out.status(f"assumed {name.replace('_', ' ')}: {value}")
+    for line in warnings_of(bundle.manifest):
+        out.warning(line)
+    for line in summary_lines(bundle):
+        out.data(line)
+    out.document(bundle.to_dict())

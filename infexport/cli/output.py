@@ -1,0 +1,77 @@
+"""All output of the commands: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from infexport.errors import InfexportError
+
+
+class Output:
+    """Where a command's words go. With `as_json`, stdout carries one JSON document and nothing else."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+
+    def status(self, message: str) -> None:
+        click.echo(message, err=True)
+
+    def warning(self, message: str) -> None:
+        click.echo(click.style("warning: ", fg="yellow", bold=True) + message, err=True)
+
+    def error(self, error: InfexportError) -> None:
+        click.echo(click.style("error: ", fg="red", bold=True) + error.summary, err=True)
+        for line in error.details.splitlines():
+            click.echo(f"  {line}", err=True)
+        if error.hint:
+            click.echo(click.style("hint: ", fg="cyan", bold=True) + error.hint, err=True)
+
+    def data(self, text: str) -> None:
+        """For people; silent when machines read."""
+        if not self.as_json:
+            click.echo(text)
+
+    def document(self, value: Any) -> None:
+        """For machines; silent when people read."""
+        if self.as_json:
+            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Columns as wide as they must be, numbers to the right."""
+        cells = [list(header), *(list(row) for row in rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+        right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
+        for row in cells:
+            padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+            self.data("  ".join(padded).rstrip())
+
+    @contextmanager
+    def progress(self, length: int, label: str) -> Iterator[Any]:
+        """A bar on stderr with an `update(n)`; click hides it where stderr is no terminal."""
+        with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
+            yield bar
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "-" or cell.replace("%", "").replace("e-", "").replace(".", "").replace("x", "").isdigit()
+
+
+class ErrorGroup(click.Group):
+    """Turns what a user can act on into a message and exit code 2, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InfexportError as error:
+            fail(error)
+
+
+def fail(error: InfexportError) -> NoReturn:
+    Output().error(error)
+    raise click.exceptions.Exit(2)

@@ -1,0 +1,99 @@
+"""`infexport validate parity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from infexport.cli.output import Output
+from infexport.extras import require
+
+
+class Sizes(click.ParamType[list[tuple[int, int]]]):
+    """Sizes in pixels, `224,512x384`: squares or height x width."""
+
+    name = "N|HxW,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[tuple[int, int]]:
+        if isinstance(value, list):
+            return value
+        sizes = []
+        for part in value.split(","):
+            height, _, width = part.strip().partition("x")
+            try:
+                size = int(height), int(width or height)
+            except ValueError:
+                size = (0, 0)
+            if min(size) < 1:
+                self.fail(f"{part!r} is no size; expected N or HEIGHTxWIDTH, such as 224,512x384", param, ctx)
+            sizes.append(size)
+        return sizes
+
+
+@click.group()
+def validate() -> None:
+    """Judge a bundle."""
+
+
+@validate.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Judge by this one.  [default: the recorded one]")
+@click.option("--sizes", type=Sizes(), help="Sizes of synthetic images.  [default: trained, smaller, twice]")
+@click.option("--images", type=click.Path(path_type=Path), help="An image or a folder, at native resolution.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
+@click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the verdict says so.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def parity(
+    bundle: Path,
+    checkpoint: Path | None,
+    sizes: list[tuple[int, int]] | None,
+    images: Path | None,
+    threads: int | None,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Compare BUNDLE in ONNX Runtime with its checkpoint in PyTorch and with the float64 twin.
+
+    Exit code 0 when every case is within tolerance, 1 when one is not.
+    """
+    out = Output(as_json)
+    require("torch", "safetensors", extra="export")
+    from infexport.bundle import open_bundle
+    from infexport.images import find_images
+    from infexport.summary import warnings_of
+    from infexport.validate import default_sizes, recorded_checkpoint, validate
+
+    opened = open_bundle(bundle, verify=not no_verify)
+    if not opened.verified:
+        out.warning("the bundle was modified since it was converted; the verdict is unverified")
+    for line in warnings_of(opened.manifest):
+        out.warning(line)
+    files = [] if images is None else find_images([images])
+    if sizes is None:
+        sizes = default_sizes(opened) if images is None else []
+    path = checkpoint or recorded_checkpoint(opened)
+    with out.progress(len(sizes) + len(files), "comparing") as bar:
+        report = validate(opened, path, sizes, files, threads, progress=lambda name: bar.update(1, name))
+    out.table(
+        ["input", "max abs", "mean abs", "relative", "torch's own", "cosine", "top-1", ""],
+        [
+            [
+                case.name,
+                f"{case.bundle.max_abs:.1e}",
+                f"{case.bundle.mean_abs:.1e}",
+                f"{case.bundle.relative:.1e}",
+                f"{case.torch.relative:.1e}",
+                f"{case.bundle.cosine:.9f}",
+                f"{case.bundle.top1_agreement:.0%}",
+                "ok" if case.bundle else "FAILED",
+            ]
+            for case in report.cases
+        ],
+    )
+    out.data(f"tolerance: {report.tolerance}")
+    verdict = "parity holds" if report else "parity FAILED"
+    out.data(verdict if report.verified else f"{verdict} (unverified: the bundle was modified)")
+    out.document(report.to_dict())
+    raise click.exceptions.Exit(0 if report else 1)

@@ -1,0 +1,213 @@
+"""Checkpoint → bundle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+
+from infexport.bundle import (
+    LABELS,
+    MODEL,
+    Bundle,
+    Manifest,
+    create_bundle,
+    open_bundle,
+    sha256,
+    write_manifest,
+)
+from infexport.errors import InfexportError
+from infexport.graph import export_model
+from infexport.image_model import ImageModel
+from infexport.truncation import measure_truncation
+from infsa_ops.neumann_kernel import bounds
+from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
+from infvit.errors import CheckpointError
+from infvit.network import InfViT
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_GRID = 8192
+"""Patches along a side: 131,072 pixels at patch 16."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the user said; None where they said nothing."""
+
+    variant: str | None = None
+    num_heads: int | None = None
+    layout: str = "auto"
+    config_file: Path | None = None
+    labels_file: Path | None = None
+    rho: float | None = None
+    norm_eps: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    neumann_terms: int | None = None
+    neumann_tol: float | None = None
+    input: str = "uint8"
+    force: bool = False
+
+
+def read_checkpoint(path: Path, options: ConvertOptions) -> Checkpoint:
+    """The checkpoint as `infvit` reads it, its errors as ours.
+
+    Raises:
+        InfexportError: a checkpoint that cannot be read, or that does not say enough.
+    """
+    try:
+        return load_checkpoint(
+            path,
+            variant=options.variant,
+            num_heads=options.num_heads,
+            layout=options.layout,
+            config_file=options.config_file,
+            rho=options.rho,
+            norm_eps=options.norm_eps,
+            neumann_terms=options.neumann_terms,
+        )
+    except CheckpointError as error:
+        raise InfexportError(error.summary, error.details, error.hint) from error
+
+
+def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[[str], None]) -> Bundle:
+    """Convert a checkpoint to a bundle.
+
+    Args:
+        path: a `.pth`, `.pt` or `.safetensors` file or a Hugging Face folder.
+        output: the bundle to make; it appears when it is whole.
+        options: what the checkpoint does not say.
+        status: told of every step.
+
+    Raises:
+        InfexportError: bad input, or an output that cannot be written.
+    """
+    with create_bundle(output, options.force) as folder:
+        status(f"reading {path}")
+        checkpoint = read_checkpoint(path, options)
+        network = build_network(checkpoint)
+        neumann = _fix_terms(network, options)
+        preprocessing, assumed = _preprocessing(checkpoint, options)
+        labels = _labels(checkpoint, options)
+        if labels is not None:
+            (folder / LABELS).write_text(json.dumps(labels, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+        status("exporting to ONNX")
+        model = ImageModel(network, preprocessing["mean"], preprocessing["std"], options.input)
+        _export(model, folder / MODEL)
+        status("hashing")
+        manifest = Manifest(
+            config=network.config.to_dict(),
+            layout=checkpoint.layout,
+            finetuned=checkpoint.finetuned,
+            rho=checkpoint.rho,
+            preprocessing=preprocessing,
+            assumed=assumed,
+            input=options.input,
+            precision="fp32",
+            parameters=sum(p.numel() for p in network.parameters()),
+            neumann=neumann,
+            checkpoint={"path": str(path.resolve()), "files": {f.name: sha256(f) for f in checkpoint.files}},
+            versions=_versions(),
+        )
+        write_manifest(folder, manifest)
+    return open_bundle(output)
+
+
+def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | None:
+    """Decide T from the options, set it on the network, and say what it leaves out."""
+    if network.config.variant != "pure_infsa":
+        if options.neumann_tol is not None:
+            raise InfexportError(
+                "linear_infsa has no Neumann series",
+                "received --neumann-tol with variant linear_infsa",
+                "leave the option out, or convert with --variant pure_infsa",
+            )
+        return None
+    terms = network.config.neumann_terms
+    if options.neumann_tol is not None:
+        terms = bounds.terms_for(float(network.largest_rho()), options.neumann_tol)
+    network.set_neumann_terms(terms)
+    if terms == 1:
+        return {"terms": 1}  # what the reference package computes and trains with: nothing is truncated
+    return {"terms": terms, **measure_truncation(network)}
+
+
+def _preprocessing(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    size = checkpoint.config.image_size
+    found = dict(checkpoint.preprocessing)
+    for name, given in (("mean", options.mean), ("std", options.std)):
+        if given is not None:
+            found[name] = given
+    default = {
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "resize_mode": "shortest",
+        "resize_size": found.get("crop_size", size),
+        "crop_size": size,
+        "interpolation": "bicubic",
+    }
+    assumed = {name: value for name, value in default.items() if name not in found}
+    return default | found, dict(checkpoint.assumed) | assumed
+
+
+def _labels(checkpoint: Checkpoint, options: ConvertOptions) -> list[str] | None:
+    labels: list[str] | None = list(checkpoint.labels) if checkpoint.labels else None
+    if options.labels_file is not None:
+        labels = _read_labels(options.labels_file)
+    classes = checkpoint.config.num_classes
+    if labels is not None and len(labels) != classes:
+        raise InfexportError(
+            "the labels don't fit the model",
+            f"received {len(labels)} labels, expected {classes}, one for every class",
+            "give one name per class with --labels FILE: a line each, or a JSON list",
+        )
+    return labels
+
+
+def _read_labels(file: Path) -> list[str]:
+    """One label a line, a JSON list, or a JSON object of index → label."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if not text.lstrip().startswith(("[", "{")):
+            return text.splitlines()
+        values = json.loads(text)
+        if isinstance(values, dict):
+            return [str(values[str(i)]) for i in range(len(values))]
+        return [str(value) for value in values]
+    except (OSError, ValueError, KeyError) as error:
+        raise InfexportError(
+            f"cannot read the labels: {file}",
+            f"{type(error).__name__}: {error}",
+            "expected one label a line, a JSON list, or a JSON object of index to label",
+        ) from error
+
+
+def _export(model: ImageModel, file: Path) -> None:
+    patch = model.network.config.patch_size
+    grid_height, grid_width = (Dim(name, min=1, max=MAX_GRID) for name in ("grid_height", "grid_width"))
+    height, width = patch * grid_height, patch * grid_width
+    # sizes that differ from each other and from the trained one, so that none is taken for a constant
+    if model.takes == "uint8":
+        example = torch.zeros(2, 3 * patch, 5 * patch, 3, dtype=torch.uint8)
+        shapes = {0: Dim("batch"), 1: height, 2: width}
+    else:
+        example = torch.zeros(2, 3, 3 * patch, 5 * patch)
+        shapes = {0: Dim("batch"), 2: height, 3: width}
+    graph = export_model(model, (example,), (shapes,), [model.input_name], ["logits", "features"])
+    ir.save(graph, file, external_data=file.name + ".data")
+    onnx.checker.check_model(file, full_check=True)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("infexport", "torch", "onnx", "onnx-ir", "onnxscript")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,116 @@
+"""What this machine can do, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from infexport.extras import installed
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing a user may want to do: whether this machine can, what was found, and how to get what is missing."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _versions(*names: str) -> str:
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} missing")
+    return ", ".join(found)
+
+
+def _machine() -> Check:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Check(
+        "machine",
+        True,
+        f"Python {platform.python_version()}, {platform.machine()}, {cores} cores, {memory:.0f} GiB",
+    )
+
+
+def _convert() -> Check:
+    modules = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
+    return Check(
+        "convert",
+        all(map(installed, modules)),
+        _versions("torch", "onnx", "onnx-ir", "onnxscript", "safetensors"),
+        "pip install 'infexport[export]'",
+    )
+
+
+def _runtime() -> list[Check]:
+    if not installed("onnxruntime"):
+        missing = "onnxruntime is not installed"
+        return [
+            Check("run on CPU", False, missing, "pip install 'infexport[cpu]'"),
+            Check("run on GPU", False, missing, "pip install 'infexport[gpu]'"),
+        ]
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    version = f"onnxruntime {onnxruntime.__version__}"
+    try:
+        importlib.metadata.version("onnxruntime")
+        importlib.metadata.version("onnxruntime-gpu")
+        both = "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall one"
+    except importlib.metadata.PackageNotFoundError:
+        both = ""
+    cuda = "CUDAExecutionProvider" in providers
+    gpu = _gpu()
+    return [
+        Check("run on CPU", "CPUExecutionProvider" in providers, version + both, "pip install 'infexport[cpu]'"),
+        Check(
+            "run on GPU",
+            cuda and gpu is not None,
+            f"{gpu or 'no NVIDIA GPU'}; {'CUDA provider' if cuda else 'no CUDA provider in this onnxruntime'}",
+            "an NVIDIA driver, CUDA 13 and cuDNN 9; pip uninstall onnxruntime; pip install 'infexport[gpu]'",
+        ),
+    ]
+
+
+def _gpu() -> str | None:
+    """The first GPU nvidia-smi names, or None."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _engines() -> Check:
+    from infexport import tensorrt_rtx
+
+    names = ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
+    return Check(
+        "build engines",
+        installed(tensorrt_rtx.BINDINGS) and installed(tensorrt_rtx.LIBRARIES),
+        _versions(*names) + " (no GPU needed)",
+        "pip install 'infexport[tensorrt-rtx]' (NVIDIA's licence)",
+    )
+
+
+def examine() -> list[Check]:
+    """Every check, in the order of the road: machine, convert, run, engines."""
+    return [_machine(), _convert(), *_runtime(), _engines()]

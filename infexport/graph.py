@@ -1,0 +1,119 @@
+"""Torch module → ONNX model whose operators stay nodes of domain `infsa`, each with its body attached."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import infsa_ops
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    import torch
+
+OPSET = 20
+
+
+def _operators() -> list[ModuleType]:
+    return [importlib.import_module(f"infsa_ops.{name}.function") for name in infsa_ops.ALL]
+
+
+def _register_schemas(operators: list[ModuleType]) -> None:
+    import onnx
+
+    for operator in operators:
+        if not onnx.defs.has(operator.NAME, infsa_ops.DOMAIN):
+            onnx.defs.register_schema(operator.SCHEMA)
+
+
+def attach_bodies(model: ir.Model) -> ir.Model:
+    """Give every node of domain `infsa` its body, as a model-local function, in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nodes of one operator differ in an attribute its body depends on. ONNX has overloads for that,
+            but TensorRT's parser ignores them and would run the first body for all.
+    """
+    import onnx_ir as ir
+
+    by_name = {operator.NAME: operator for operator in _operators()}
+    attributes: dict[str, dict[str, Any]] = {}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain != infsa_ops.DOMAIN:
+            continue
+        values = {name: attribute.value for name, attribute in node.attributes.items()}
+        if attributes.setdefault(node.op_type, values) != values:
+            raise ValueError(
+                f"{node.op_type} occurs with {attributes[node.op_type]} and with {values}: "
+                "one model can hold one body of an operator, export with equal attributes"
+            )
+        function = by_name[node.op_type].body(node.attributes, model.opset_imports[""])
+        model.functions.setdefault(function.identifier(), function)
+    model.opset_imports[infsa_ops.DOMAIN] = infsa_ops.VERSION
+    return model
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def export_model(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+) -> ir.Model:
+    """What `export` returns, as an `onnx_ir.Model` whose weights stay torch's (no copy, no 2 GB limit)."""
+    import torch
+
+    operators = _operators()
+    _register_schemas(operators)
+    table: Mapping[Any, Any] = {operator.TORCH_OP: operator.translate for operator in operators}
+    with warnings.catch_warnings(), _quiet(logging.getLogger("torch.onnx")):
+        warnings.simplefilter("ignore")  # the exporter warns about its own deprecations and about no torchvision
+        program = torch.onnx.export(
+            module.eval(),
+            args,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic_shapes,
+            custom_translation_table=dict(table),
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+        )
+    assert program is not None
+    return attach_bodies(program.model)
+
+
+def export(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None) -> onnx.ModelProto:
+    """Export any module that uses `infsa_ops` to ONNX.
+
+    Args:
+        module: exported in eval mode.
+        args: example inputs, as of `torch.onnx.export`.
+        dynamic_shapes: as of `torch.export.export`.
+
+    Returns:
+        A model of opset 20 in which the operators are nodes of domain `infsa`, version 1, each with a function body
+        in standard operators: any runtime can run it, one with a faster kernel can take the node whole.
+    """
+    import onnx_ir as ir
+
+    proto: onnx.ModelProto = ir.to_proto(export_model(module, args, dynamic_shapes))
+    return proto

@@ -1,0 +1,43 @@
+"""What is exported: pixels as people have them in, logits and features out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from infvit.network import InfViT
+
+
+class ImageModel(nn.Module):
+    """An InfViT with its normalisation in front.
+
+    Args:
+        network: the InfViT; its dtype is the dtype of everything.
+        mean, std: of the pixels in [0, 1], per RGB channel.
+        takes: `uint8`, RGB `image [B, H, W, 3]`, or `float32`, normalised `pixels [B, 3, H, W]`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: InfViT, mean: Sequence[float], std: Sequence[float], takes: str = "uint8") -> None:
+        super().__init__()
+        self.network = network
+        self.takes = takes
+        dtype = network.head.weight.dtype
+        self.register_buffer("mean", torch.tensor(mean, dtype=dtype)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=dtype)[:, None, None], persistent=False)
+
+    @property
+    def input_name(self) -> str:
+        return "image" if self.takes == "uint8" else "pixels"
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[B, num_classes]` and features `[B, E]`."""
+        if self.takes == "uint8":
+            # cast before permute: TensorRT takes uint8 as an input and knows only Cast for it
+            image = (image.to(self.mean.dtype).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+        features = self.network.forward_features(image)
+        return self.network.head(features), features

@@ -1,0 +1,95 @@
+"""Judge whether two sets of logits are the same, given the truth. Sees arrays only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What relative Frobenius error a dtype is allowed: 32·ε·√depth.
+
+    Every layer rounds some dozens of times at ε each, and the errors of layers add like random steps.
+    """
+
+    dtype: str
+    epsilon: float
+    depth: int
+
+    @property
+    def relative(self) -> float:
+        return 32 * self.epsilon * math.sqrt(self.depth)
+
+    def __str__(self) -> str:
+        return f"relative error <= {self.relative:.1e} (32 eps sqrt(depth), {self.dtype}, depth {self.depth})"
+
+
+def tolerance_for(dtype: str, depth: int) -> Tolerance:
+    """The tolerance for logits computed in `dtype` (a numpy name) by a network of `depth` layers."""
+    return Tolerance(dtype, float(np.finfo(dtype).eps), depth)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far logits are from the truth.
+
+    Attributes:
+        max_abs, mean_abs: absolute error, in the logits' own units.
+        relative: ‖x − truth‖ / ‖truth‖, Frobenius; the absolute error where the truth is zero.
+        cosine: of the flattened arrays.
+        top1_agreement: share of rows whose largest logit is the same.
+        passed: relative error within tolerance, everything finite, and the same top-1 wherever the truth's lead over
+            its second class is larger than the tolerance allows two logits to move.
+    """
+
+    max_abs: float
+    mean_abs: float
+    relative: float
+    cosine: float
+    top1_agreement: float
+    passed: bool
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def compare(logits: Array, truth: Array, tolerance: Tolerance) -> Comparison:
+    """Compare logits `[n, classes]` with the truth, float64 of the same shape.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if logits.shape != truth.shape:
+        raise ValueError(f"logits have shape {logits.shape}, expected the truth's, {truth.shape}")
+    x, y = logits.astype(np.float64), truth.astype(np.float64)
+    error = np.abs(x - y)
+    scale = float(np.linalg.norm(y))
+    relative = float(np.linalg.norm(error)) / (scale or 1.0)
+    norms = float(np.linalg.norm(x)) * scale
+    same = x.argmax(-1) == y.argmax(-1)
+    if y.shape[-1] > 1:
+        ordered = np.sort(y, axis=-1)
+        lead = ordered[:, -1] - ordered[:, -2]
+    else:
+        lead = np.full(len(y), np.inf)
+    # the largest a logit of this row may move while the whole stays within tolerance
+    decided = lead > 2 * tolerance.relative * (scale or 1.0)
+    return Comparison(
+        max_abs=float(error.max(initial=0.0)),
+        mean_abs=float(error.mean()),
+        relative=relative,
+        cosine=float((x * y).sum()) / norms if norms else float(np.array_equal(x, y)),
+        top1_agreement=float(same.mean()),
+        passed=bool(np.isfinite(x).all() and relative <= tolerance.relative and same[decided].all()),
+    )

@@ -1,0 +1,12 @@
+"""The manifest's preprocessing as the transform images are fitted with."""
+
+from __future__ import annotations
+
+from infexport.bundle import Manifest
+from infexport.images import EvalTransform
+
+
+def transform_of(manifest: Manifest) -> EvalTransform:
+    """The evaluation transform a bundle records."""
+    fields = ("resize_mode", "resize_size", "crop_size", "interpolation")
+    return EvalTransform.from_dict({name: manifest.preprocessing[name] for name in fields})

@@ -1,0 +1,89 @@
+"""Images → predictions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from infexport.bundle import Bundle
+from infexport.errors import InfexportError
+from infexport.images import Fitted, fit, read_image
+from infexport.predictions import Prediction
+from infexport.preprocessing import transform_of
+from infexport.runners import Runner
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be read; the others go on."""
+
+    file: str
+    error: InfexportError
+
+
+def run(
+    bundle: Bundle,
+    runner: Runner,
+    files: Sequence[Path],
+    size: Literal["trained", "native"] | int = "trained",
+    edge: Literal["pad", "crop"] = "pad",
+    batch_size: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[Prediction], list[Failure]]:
+    """Run images through a bundle, images of equal grids together.
+
+    Args:
+        bundle: whose preprocessing is applied.
+        runner: entered.
+        files: images.
+        size: `trained` applies the recorded evaluation transform, `native` leaves the image as it is, N is the
+            transform at N pixels.
+        edge: how a side becomes a whole number of patches: `pad` replicates the edge, `crop` cuts.
+        batch_size: the most images at a time. Images are never padded to a common size: every token enters the
+            pooled state.
+        progress: told of every image that is done, with 1.
+
+    Returns:
+        Predictions and failures, each in the order of `files`.
+    """
+    answers: dict[int, Prediction] = {}
+    failures: dict[int, Failure] = {}
+
+    def fitted() -> Iterator[tuple[int, Fitted]]:
+        transform, patch = transform_of(bundle.manifest), bundle.manifest.config["patch_size"]
+        for index, file in enumerate(files):
+            try:
+                image = fit(read_image(file), patch, size, transform, edge)
+            except InfexportError as error:
+                failures[index] = Failure(str(file), error)
+                progress(1)
+            else:
+                yield index, image
+
+    for batch in _batches(fitted(), batch_size):
+        values = runner.run(np.stack([image.pixels for _, image in batch]))
+        for row, (index, image) in enumerate(batch):
+            patch = bundle.manifest.config["patch_size"]
+            grid = (image.pixels.shape[0] // patch, image.pixels.shape[1] // patch)
+            logits, features = values["logits"][row], values["features"][row]
+            answers[index] = Prediction(str(files[index]), grid, image.padded_share, logits, features)
+            progress(1)
+    return [answers[i] for i in sorted(answers)], [failures[i] for i in sorted(failures)]
+
+
+def _batches(images: Iterator[tuple[int, Fitted]], batch_size: int) -> Iterator[list[tuple[int, Fitted]]]:
+    """Groups of at most `batch_size` images of equal shape, holding back no more than 4 batches of images."""
+    waiting: dict[tuple[int, ...], list[tuple[int, Fitted]]] = defaultdict(list)
+    for index, image in images:
+        group = waiting[image.pixels.shape]
+        group.append((index, image))
+        if len(group) == batch_size:
+            yield waiting.pop(image.pixels.shape)
+        elif sum(map(len, waiting.values())) >= 4 * batch_size:
+            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+    yield from waiting.values()

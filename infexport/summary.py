@@ -1,0 +1,63 @@
+"""What a bundle is, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infexport.bundle import Bundle, Manifest
+
+
+def warnings_of(manifest: Manifest) -> list[str]:
+    """What a user must know before trusting the answers."""
+    if manifest.finetuned:
+        return []
+    return [
+        "a softmax ViT's weights, not fine-tuned with this attention: its answers are not yet good "
+        f"(variant {manifest.config['variant']}, layout {manifest.layout})"
+    ]
+
+
+def summary_lines(bundle: Bundle) -> list[str]:
+    """The bundle's facts, a line each."""
+    manifest, config = bundle.manifest, bundle.manifest.config
+    size, patch = config["image_size"], config["patch_size"]
+    lines = [
+        f"bundle      {bundle.path}" + ("" if bundle.verified else "  (modified: hashes differ)"),
+        f"model       {config['variant']}, {manifest.parameters:,} parameters, {config['depth']} layers, "
+        f"embed_dim {config['embed_dim']}, {config['num_heads']} heads, {config['num_classes']} classes",
+        f"images      trained at {size}x{size}, patch {patch}; any size that is a multiple of {patch}",
+        f"input       {_input(manifest)}, {manifest.precision}",
+        f"checkpoint  {manifest.checkpoint['path']} (layout {manifest.layout})",
+    ]
+    if manifest.neumann and manifest.neumann["terms"] > 1:
+        neumann = manifest.neumann
+        lines.append(
+            f"neumann     {neumann['terms']} terms; the rest is at most {neumann['a_priori_bound']:.1e} of the values "
+            f"for any image (a priori), {neumann['a_posteriori_bound']:.1e} on noise (a posteriori)"
+        )
+    for engine in bundle.engines:
+        stale = "" if engine["current"] else ", STALE: built from another graph"
+        lines.append(f"engine      {engine['file']}: {engine['backend']} {engine['backend_version']}{stale}")
+    return lines
+
+
+def manifest_lines(bundle: Bundle) -> list[str]:
+    """What `inspect` shows besides: preprocessing, assumptions, versions and hashes."""
+    manifest = bundle.manifest
+    lines = [f"transform   {_facts(manifest.preprocessing)}"]
+    if manifest.assumed:
+        lines.append(f"assumed     {_facts(manifest.assumed)}")
+    lines.append(f"made with   {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
+    for name, digest in manifest.checkpoint["files"].items():
+        lines.append(f"sha256      {digest}  {name} (checkpoint)")
+    lines.extend(f"sha256      {digest}  {name}" for name, digest in manifest.files.items())
+    lines.extend(f"sha256      {engine['sha256']}  engines/{engine['file']}" for engine in bundle.engines)
+    return lines
+
+
+def _facts(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _input(manifest: Manifest) -> str:
+    return "uint8 image [B,H,W,3]" if manifest.input == "uint8" else "normalised float32 pixels [B,3,H,W]"

@@ -1,0 +1,44 @@
+"""What T terms of the Neumann series leave out, measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import infsa_ops
+from infsa_ops.neumann_kernel import bounds
+from infvit.network import Attention, InfViT
+
+
+def measure_truncation(network: InfViT) -> dict[str, Any]:
+    """Both bounds on the rest of the series after T terms, the largest over layers and heads.
+
+    Returns:
+        `a_priori_bound`: ρ^(T+1)/(1−ρ), relative to ‖V‖_F, for any image. `a_posteriori_bound`:
+        ρ/(1−ρ)·‖S_T‖_F / ‖V‖_F, rigorous for the image it is computed on, which is noise of the trained size.
+    """
+    terms = network.config.neumann_terms
+    measured: list[float] = []
+
+    def hook(attention: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(attention, Attention)
+        q, k, v = attention.project(args[0])
+        total = infsa_ops.neumann_kernel(q, k, v, attention.rho, terms=terms)
+        before = infsa_ops.neumann_kernel(q, k, v, attention.rho, terms=terms - 1)
+        bound = bounds.a_posteriori_bound(attention.rho, total - before)
+        measured.append(float((bound / torch.linalg.vector_norm(v, dim=(-2, -1))).max()))
+
+    handles = [attention.register_forward_pre_hook(hook) for attention in network.attentions]
+    size = network.config.image_size
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            network(noise)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        "a_priori_bound": bounds.a_priori_bound(float(network.largest_rho()), terms),
+        "a_posteriori_bound": max(measured),
+    }

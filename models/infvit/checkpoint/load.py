@@ -1,0 +1,150 @@
+"""Checkpoint file or folder → config, state dict, and what else was found beside them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infvit.checkpoint.files import read_weights
+from infvit.checkpoint.layout import choose_layout
+from infvit.checkpoint.layouts import READERS
+from infvit.checkpoint.preprocessing import merge_preprocessing, read_preprocessing
+from infvit.checkpoint.resolve import VARIANTS, resolve_config
+from infvit.checkpoint.settings import (
+    Source,
+    config_sources,
+    merge_settings,
+    number,
+    read_labels,
+)
+from infvit.checkpoint.tensors import canonical_tensors, fill_discount, network_tensors
+from infvit.config import InfViTConfig
+from infvit.errors import CheckpointError
+from infvit.network import InfViT
+
+DEFAULT_RHO = 0.95
+"""What the reference package starts training from."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, understood.
+
+    Attributes:
+        config: what the network is.
+        state_dict: of `InfViT(config)`: canonical names, float32, complete, finite.
+        layout: the layout the file is in.
+        finetuned: False for a softmax ViT's projections: no discount in the file, it was filled in.
+        rho: the discount that was filled in; None where the checkpoint has its own.
+        labels: class names, if a config has them.
+        preprocessing: what a config says of it, of `mean`, `std`, `resize_mode`, `resize_size`, `crop_size`
+            and `interpolation` (`infvit.checkpoint.preprocessing`).
+        assumed: values that were neither found nor given.
+        files: weight files read, then config files used.
+    """
+
+    config: InfViTConfig
+    state_dict: dict[str, Tensor]
+    layout: str
+    finetuned: bool
+    rho: float | None
+    labels: tuple[str, ...] | None
+    preprocessing: dict[str, Any]
+    assumed: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    num_heads: int | None = None,
+    layout: str = "auto",
+    config_file: str | os.PathLike[str] | None = None,
+    rho: float | None = None,
+    norm_eps: float | None = None,
+    neumann_terms: int | None = None,
+) -> Checkpoint:
+    """Load a checkpoint from a file or a folder.
+
+    Each setting comes from the first that has it: the argument, `config_file`, the config in the checkpoint,
+    `config.json` beside it, the shapes or the layout's default.
+
+    Args:
+        path: `.pt`, `.pth`, `.bin`, `.safetensors`, or a folder in Hugging Face's form.
+        variant: `linear_infsa` or `pure_infsa`.
+        num_heads: attention heads of a layer.
+        layout: one of `LAYOUTS`, or `auto`.
+        config_file: JSON object with what the shapes don't tell, in our names or Hugging Face's.
+        rho: the discount, in (0, 1), for a checkpoint that has none of its own; 0.95 where nothing says.
+        norm_eps: epsilon of every LayerNorm.
+        neumann_terms: T of `pure_infsa`; 1, the reference package's, where nothing says.
+
+    Raises:
+        CheckpointError: anything wrong with the files or the arguments.
+    """
+    if variant is not None and variant not in VARIANTS:
+        expected = " or ".join(VARIANTS)
+        raise CheckpointError(f"unknown variant {variant!r}", f"expected: {expected}", "See --variant.")
+    given = {
+        "variant": variant,
+        "num_heads": num_heads,
+        "layout": None if layout == "auto" else layout,
+        "rho": rho,
+        "norm_eps": norm_eps,
+        "neumann_terms": neumann_terms,
+    }
+    weights = read_weights(Path(path))
+    configs = config_sources(weights, None if config_file is None else Path(config_file))
+    settings = merge_settings([Source("the options", given), *configs])
+    chosen_layout = settings["layout"].value if "layout" in settings else "auto"
+    match = choose_layout(weights.tensors, READERS, chosen_layout)
+    tensors = canonical_tensors(weights.tensors, match)
+    config, assumed = resolve_config(tensors, settings, match.layout)
+
+    finetuned = any(key.endswith(".rho_logit") for key in tensors)
+    if finetuned and rho is not None:
+        raise CheckpointError(
+            "the checkpoint has its own learned discount",
+            f"received rho: {rho}",
+            "Leave --rho out to deploy it as trained.",
+        )
+    filled = None
+    if not finetuned:
+        filled = number(settings["rho"], below=1) if "rho" in settings else DEFAULT_RHO
+        fill_discount(tensors, config, filled)
+        if "rho" not in settings:
+            assumed["rho"] = DEFAULT_RHO
+
+    return Checkpoint(
+        config=config,
+        state_dict=network_tensors(tensors, config),
+        layout=match.layout.name,
+        finetuned=finetuned,
+        rho=filled,
+        labels=read_labels(settings.get("labels"), config.num_classes),
+        preprocessing=read_preprocessing(configs),
+        assumed=assumed,
+        files=(
+            *weights.files,
+            *(source.path for source in configs if source.path and _says_something(source)),
+        ),
+    )
+
+
+def build_network(checkpoint: Checkpoint) -> InfViT:
+    """The network with the checkpoint's weights, in eval mode. It shares the tensors of `state_dict`."""
+    with torch.device("meta"):  # no memory for initial values that are replaced at once
+        network = InfViT(checkpoint.config)
+    network.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
+    return network.eval()
+
+
+def _says_something(source: Source) -> bool:
+    """Whether a config has any setting known here; a `config.json` may be some other program's."""
+    return bool(merge_settings([source]) or merge_preprocessing([source]))

@@ -1,0 +1,17 @@
+"""Errors of this package; `infexport` shows them to the user as they are."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that does not say enough.
+
+    Args:
+        summary: one line, what went wrong.
+        details: what was received and what was expected; may have several lines.
+        hint: what to do next, naming the command-line option where there is one.
+    """
+
+    def __init__(self, summary: str, details: str = "", hint: str = "") -> None:
+        super().__init__(summary)
+        self.summary = summary
+        self.details = details
+        self.hint = hint
