@@ -79,7 +79,7 @@ def test_golden_checkpoint_loads(case: str, suffix: str, tmp_path: Path) -> None
     eps = {"reference": 1e-5, "torchvision": 1e-6, "timm": 1e-6}.get(facts["layout"], 1e-12)
     assert checkpoint.assumed == {"norm_eps": eps}
     assert checkpoint.config.norm_eps == eps
-    assert checkpoint.files == (path, sidecar)
+    assert checkpoint.files == (path,)
     with torch.device("meta"):
         expected = InfViT(checkpoint.config).state_dict()
     assert list(checkpoint.state_dict) == list(expected)
@@ -252,7 +252,6 @@ def test_every_source_in_turn(reference: State, tmp_path: Path) -> None:
     option = load_checkpoint(path, num_heads=4, config_file=config)
     assert (option.config.num_heads, option.config.norm_eps, option.config.variant) == (4, 1e-4, "pure_infsa")
     assert option.assumed == {}
-    assert option.files == (path, config, tmp_path / "config.json")
     assert load_checkpoint(path, config_file=config).config.num_heads == 2
     assert load_checkpoint(path).config.num_heads == 8
     assert load_checkpoint(path, norm_eps=1e-2).config.norm_eps == 1e-2
@@ -263,7 +262,9 @@ def test_every_source_in_turn(reference: State, tmp_path: Path) -> None:
 def test_a_config_of_something_else_is_not_used(reference: State, tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"port": 8080, "size": "large"})
     path = save(tmp_path, reference)
-    assert load_checkpoint(path, **OPTIONS).files == (path,)
+    checkpoint = load_checkpoint(path, **OPTIONS)
+    assert checkpoint.config.num_heads == OPTIONS["num_heads"]
+    assert checkpoint.preprocessing == {}
 
 
 def test_config_in_safetensors_metadata(reference: State, tmp_path: Path) -> None:
@@ -313,9 +314,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
         "resize_mode": "exact", "resize_size": 32,
     }  # fmt: skip
     assert checkpoint.assumed == {"rho": 0.95}
-    assert [file.name for file in checkpoint.files] == [
-        "model.safetensors", "preprocessor_config.json", "config.json"
-    ]  # fmt: skip
+    assert [file.name for file in checkpoint.files] == ["model.safetensors"]
 
 
 def test_sharded_folder(tmp_path: Path, reference: State) -> None:

@@ -172,8 +172,7 @@ def _torch_load(path: Path) -> Any:
 
 def _damaged(path: Path, expected: str, error: Exception) -> CheckpointError:
     reason = str(error).split(". ", 1)[0].split("\n", 1)[0][:200]
-    hint = "It may be cut short, or another kind of file by its content: compare it with the original."
-    return CheckpointError(f"{path} cannot be read as {expected}", f"{type(error).__name__}: {reason}", hint)
+    return CheckpointError(f"{path} cannot be read as {expected}", f"{type(error).__name__}: {reason}")
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from infvit.checkpoint.files import read_weights
 from infvit.checkpoint.layout import choose_layout
 from infvit.checkpoint.layouts import READERS
-from infvit.checkpoint.preprocessing import merge_preprocessing, read_preprocessing
+from infvit.checkpoint.preprocessing import read_preprocessing
 from infvit.checkpoint.resolve import VARIANTS, resolve_config
 from infvit.checkpoint.settings import (
     Source,
@@ -45,7 +45,7 @@ class Checkpoint:
         preprocessing: what a config says of it, of `mean`, `std`, `resize_mode`, `resize_size`, `crop_size`
             and `interpolation` (`infvit.checkpoint.preprocessing`).
         assumed: values that were neither found nor given.
-        files: weight files read, then config files used.
+        files: weight files read; what a config said is in `config`.
     """
 
     config: InfViTConfig
@@ -130,10 +130,7 @@ def load_checkpoint(
         labels=read_labels(settings.get("labels"), config.num_classes),
         preprocessing=read_preprocessing(configs),
         assumed=assumed,
-        files=(
-            *weights.files,
-            *(source.path for source in configs if source.path and _says_something(source)),
-        ),
+        files=weights.files,
     )
 
 
@@ -143,8 +140,3 @@ def build_network(checkpoint: Checkpoint) -> InfViT:
         network = InfViT(checkpoint.config)
     network.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
     return network.eval()
-
-
-def _says_something(source: Source) -> bool:
-    """Whether a config has any setting known here; a `config.json` may be some other program's."""
-    return bool(merge_settings([source]) or merge_preprocessing([source]))

@@ -27,7 +27,7 @@ def read_preprocessing(sources: Iterable[Source]) -> dict[str, Any]:
     Raises:
         CheckpointError: a value that cannot be used.
     """
-    merged = merge_preprocessing(sources)
+    merged = _merge(sources)
     for key, setting in merged.items():
         accepts, expected = _CHECKS[key]
         if not accepts(setting.value):
@@ -38,7 +38,7 @@ def read_preprocessing(sources: Iterable[Source]) -> dict[str, Any]:
     }
 
 
-def merge_preprocessing(sources: Iterable[Source]) -> dict[str, Setting]:
+def _merge(sources: Iterable[Source]) -> dict[str, Setting]:
     """What `sources` state, not yet judged."""
     merged: dict[str, Setting] = {}
     for source in sources:

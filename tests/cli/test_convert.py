@@ -1,0 +1,226 @@
+"""`convert checkpoint`: what it makes, what it says, and what it refuses."""
+
+import json
+import os
+import pickle
+import shutil
+import stat
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import GOLDEN
+
+CHECKPOINT = GOLDEN / "torchvision_linear.safetensors"
+COMPLETE = ("--variant", "linear_infsa", "--num-heads", "4")
+
+
+def test_makes_a_whole_bundle(golden_bundle):
+    bundle = golden_bundle("torchvision_linear")
+    manifest = json.loads((bundle / "infexport.json").read_text())
+    assert sorted(path.name for path in bundle.iterdir()) == ["infexport.json", "model.onnx", "model.onnx.data"]
+    assert manifest["config"]["num_heads"] == 4
+    assert manifest["assumed"]["mean"] == [0.485, 0.456, 0.406]
+    assert manifest["finetuned"] is True
+    assert set(manifest["files"]) == {"model.onnx", "model.onnx.data"}
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    assert {node.op_type for node in model.graph.node if node.domain == "infsa"} == {"LinearInfSAStateUpdate"}
+    assert [(function.domain, function.name) for function in model.functions] == [("infsa", "LinearInfSAStateUpdate")]
+    onnx.checker.check_model(bundle / "model.onnx", full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_says_what_it_assumed_and_prints_json(infexport, tmp_path):
+    result = infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b", "--json")
+    assert json.loads(result.stdout)["verified"] is True
+    for name in ("norm eps", "mean", "std", "interpolation"):
+        assert f"assumed {name}" in result.stderr
+
+
+def test_warns_of_a_softmax_checkpoint(infexport, tmp_path):
+    config = GOLDEN / "timm_softmax_linear.json"
+    bundle = tmp_path / "b"
+    result = infexport(
+        "convert", "checkpoint", GOLDEN / "timm_softmax_linear.safetensors", "--config", config, "-o", bundle
+    )
+    assert "not fine-tuned" in result.stderr
+    assert json.loads((bundle / "infexport.json").read_text())["finetuned"] is False
+    assert "not fine-tuned" in infexport("inspect", bundle).stderr
+    assert "not fine-tuned" in infexport("validate", "parity", bundle, "--sizes", "32").stderr
+
+
+def test_rho_of_a_softmax_checkpoint_can_be_given(infexport, tmp_path):
+    """Parity then compares with the same discount."""
+    checkpoint = GOLDEN / "timm_softmax_pure.safetensors"
+    arguments = ("--variant", "pure_infsa", "--num-heads", 4, "--rho", 0.5)
+    infexport("convert", "checkpoint", checkpoint, *arguments, "-o", tmp_path / "b")
+    infexport("validate", "parity", tmp_path / "b", "--sizes", "32")
+    manifest = json.loads((tmp_path / "b" / "infexport.json").read_text())
+    assert manifest["rho"] == 0.5
+
+
+def test_float32_input(infexport, golden_images, tmp_path):
+    import onnxruntime
+    from support import relative_error
+
+    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "--input", "float32", "-o", tmp_path / "b")
+    _, io = golden_images("torchvision_linear")
+    session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx")
+    (logits,) = session.run(["logits"], {"pixels": io["pixels"]})
+    assert relative_error(logits, io["logits_f64"]) <= 5e-6
+    infexport("validate", "parity", tmp_path / "b", "--sizes", "32,16x48")
+
+
+def test_neumann_terms_and_tolerance(infexport, tmp_path):
+    checkpoint = GOLDEN / "reference_pure.safetensors"
+    config = ("--config", GOLDEN / "reference_pure.json")
+    infexport("convert", "checkpoint", checkpoint, *config, "--neumann-terms", 3, "-o", tmp_path / "three")
+    manifest = json.loads((tmp_path / "three" / "infexport.json").read_text())
+    assert manifest["config"]["neumann_terms"] == 3
+    assert 0 < manifest["neumann"]["a_posteriori_bound"] <= manifest["neumann"]["a_priori_bound"]
+    infexport("validate", "parity", tmp_path / "three", "--sizes", "32")
+
+    infexport("convert", "checkpoint", checkpoint, *config, "--neumann-tol", 0.01, "-o", tmp_path / "tol")
+    neumann = json.loads((tmp_path / "tol" / "infexport.json").read_text())["neumann"]
+    assert neumann["terms"] > 3
+    assert neumann["a_priori_bound"] <= 0.01
+
+
+def test_labels_from_lines(infexport, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"class {i}\n" for i in range(10)))
+    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "--labels", labels, "-o", tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "labels.json").read_text())[3] == "class 3"
+    labels.write_text("only one\n")
+    result = infexport(
+        "convert", "checkpoint", CHECKPOINT, *COMPLETE, "--labels", labels, "-o", tmp_path / "c", exit_code=2
+    )
+    assert "received 1 labels, expected 10" in result.stderr
+
+
+def test_an_output_is_replaced_only_with_force(infexport, tmp_path):
+    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b")
+    before = (tmp_path / "b" / "infexport.json").stat().st_ino
+    result = infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b", exit_code=2)
+    assert "--force" in result.stderr
+    assert (tmp_path / "b" / "infexport.json").stat().st_ino == before
+    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b", "--force")
+    assert (tmp_path / "b" / "infexport.json").stat().st_ino != before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(infexport, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("years of work")
+    arguments = ("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "precious", "--force")
+    assert "is no bundle" in infexport(*arguments, exit_code=2).stderr
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "years of work"
+
+
+class Code:
+    """A pickle that runs a command when it is loaded carelessly."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def bad_checkpoints(folder):
+    """name → (checkpoint, arguments, words the message must have)."""
+    tensors = load_file(CHECKPOINT)
+    (folder / "truncated.safetensors").write_bytes(CHECKPOINT.read_bytes()[:10_000])
+    torch.save(tensors, folder / "whole.pth")
+    (folder / "truncated.pth").write_bytes((folder / "whole.pth").read_bytes()[:10_000])
+    (folder / "code.pth").write_bytes(pickle.dumps({"model": Code(folder / "marker")}))
+    torch.save({"model": tensors, "hook": Code(folder / "marker")}, folder / "code-zip.pth")
+    (folder / "text.pth").write_text("these are not weights\n")
+    (folder / "empty.pth").touch()
+    resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}
+    save_file(resnet, folder / "resnet.safetensors")
+    (folder / "empty-folder").mkdir()
+    return {
+        "no head count": (CHECKPOINT, ("--variant", "linear_infsa"), "--num-heads"),
+        "no variant": (CHECKPOINT, ("--num-heads", "4"), "--variant"),
+        "wrong variant": (CHECKPOINT, ("--variant", "quadratic", "--num-heads", "4"), "linear_infsa"),
+        "heads that don't divide": (CHECKPOINT, ("--variant", "linear_infsa", "--num-heads", "7"), "divi"),
+        "wrong layout": (CHECKPOINT, (*COMPLETE, "--layout", "timm"), "torchvision"),
+        "unknown layout": (CHECKPOINT, (*COMPLETE, "--layout", "keras"), "torchvision"),
+        "truncated safetensors": (folder / "truncated.safetensors", COMPLETE, "truncated"),
+        "truncated pth": (folder / "truncated.pth", COMPLETE, "truncated"),
+        "pickle with code": (folder / "code.pth", COMPLETE, "code.pth"),
+        "zipped pickle with code": (folder / "code-zip.pth", COMPLETE, "code-zip.pth"),
+        "text called pth": (folder / "text.pth", COMPLETE, "text.pth"),
+        "empty file": (folder / "empty.pth", COMPLETE, "empty"),
+        "another family": (folder / "resnet.safetensors", COMPLETE, "layout"),
+        "empty folder": (folder / "empty-folder", COMPLETE, "empty-folder"),
+        "missing": (folder / "nowhere.pth", COMPLETE, "nowhere.pth"),
+        "tolerance for linear": (CHECKPOINT, (*COMPLETE, "--neumann-tol", "1e-3"), "pure_infsa"),
+        "rho of a learned one": (CHECKPOINT, (*COMPLETE, "--rho", "0.9"), "--rho"),
+        "bad mean": (CHECKPOINT, (*COMPLETE, "--mean", "0.5,0.5"), "three numbers"),
+        "terms and tolerance": (CHECKPOINT, (*COMPLETE, "--neumann-terms", "2", "--neumann-tol", "0.1"), "give one"),
+    }
+
+
+CASES = (
+    "no head count", "no variant", "wrong variant", "heads that don't divide", "wrong layout", "unknown layout",
+    "truncated safetensors", "truncated pth", "pickle with code", "zipped pickle with code", "text called pth",
+    "empty file", "another family", "empty folder", "missing", "tolerance for linear", "rho of a learned one",
+    "bad mean", "terms and tolerance",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_error_with_a_hint(case, infexport, tmp_path):
+    cases = bad_checkpoints(tmp_path)
+    assert set(cases) == set(CASES)
+    checkpoint, arguments, words = cases[case]
+    (tmp_path / "out").mkdir()
+    result = infexport("convert", "checkpoint", checkpoint, *arguments, "-o", tmp_path / "out" / "b", exit_code=2)
+    message = result.stderr
+    assert words in message
+    assert sum(line.startswith(("error:", "Error:")) for line in message.splitlines()) == 1
+    assert "Traceback" not in message
+    assert "hint:" in message or "Usage:" in message
+    assert result.stdout == ""
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "marker").exists()
+
+
+def test_an_unwritable_output(infexport, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    arguments = ("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "file" / "b")
+    result = infexport(*arguments, exit_code=2)
+    assert "cannot write the bundle" in result.stderr
+    assert "hint:" in result.stderr
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+        infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "locked" / "b", exit_code=2)
+
+
+def test_a_huggingface_folder(infexport, golden_images, tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "transformers_linear.safetensors", folder / "model.safetensors")
+    config = {
+        "model_type": "vit",
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "id2label": {str(i): f"digit {i}" for i in range(10)},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}, "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    infexport("convert", "checkpoint", folder, "--variant", "linear_infsa", "-o", tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / "infexport.json").read_text())
+    assert manifest["preprocessing"] == {
+        "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "exact", "resize_size": 32, "crop_size": 32,
+        "interpolation": "bilinear",
+    }  # fmt: skip
+    images, _ = golden_images("transformers_linear")
+    result = infexport("run-engine", tmp_path / "b", images, "--json")
+    assert json.loads(result.stdout)["images"][0]["top"][0]["label"].startswith("digit ")
+    infexport("validate", "parity", tmp_path / "b", "--sizes", "32")
