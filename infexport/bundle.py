@@ -101,12 +101,24 @@ class Bundle:
     @property
     def engines(self) -> list[dict[str, Any]]:
         """The sidecar of every engine, with `file` added, and `current`: built from this very graph."""
-        found = []
-        for sidecar in sorted((self.path / ENGINES).glob("*.json")):
-            facts = json.loads(sidecar.read_text(encoding="utf-8"))
-            graph = {name: digest for name, digest in self.manifest.files.items() if name != LABELS}
-            found.append(facts | {"file": sidecar.stem, "current": facts["graph"] == graph})
-        return found
+        graph = {name: digest for name, digest in self.manifest.files.items() if name != LABELS}
+        return [
+            facts | {"file": file.stem, "current": facts.get("graph") == graph}
+            for file in sorted((self.path / ENGINES).glob("*.json"))
+            for facts in [_read_json(file)]
+        ]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InfexportError(
+            f"unreadable: {file}", str(error), "make it again: it is not as infexport wrote it"
+        ) from error
+    if not isinstance(values, dict):
+        raise InfexportError(f"unreadable: {file}", f"received a {type(values).__name__}, expected a JSON object")
+    return values
 
 
 def changed_files(path: Path, manifest: Manifest) -> list[str]:
@@ -145,17 +157,18 @@ def open_bundle(path: Path, verify: bool = True) -> Bundle:
 
 
 def _read_manifest(file: Path) -> Manifest:
+    values = _read_json(file)
+    found = values.get("format")
+    if not isinstance(found, int) or found > FORMAT:
+        raise InfexportError(
+            f"the bundle is newer than this infexport: {file.parent}",
+            f"received manifest format {found}, expected at most {FORMAT}",
+            "upgrade infexport, or convert the checkpoint with this version",
+        )
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values["format"] > FORMAT:
-            raise InfexportError(
-                f"the bundle is newer than this infexport: {file.parent}",
-                f"received manifest format {values['format']}, expected at most {FORMAT}",
-                "upgrade infexport, or convert the checkpoint with this version",
-            )
         return Manifest(**values)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InfexportError(f"unreadable manifest: {file}", str(error), "convert the checkpoint again") from error
+    except TypeError as error:
+        raise InfexportError(f"incomplete manifest: {file}", str(error), "convert the checkpoint again") from error
 
 
 @contextmanager

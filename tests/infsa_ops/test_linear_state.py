@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import infexport
 import infsa_ops
 from infsa_ops.linear_state import reference
 
@@ -109,6 +111,31 @@ def test_states_are_float32_for_half_precision_tokens(dtype, state_error):
     assert state_error(state, (torch.full((1, 1), 7e4), torch.full((1, 1, 2), 1.4e5))) <= 1e-6
 
 
+def test_onnx_body_keeps_float32_states_for_half_precision_tokens(state_error):
+    class Update(nn.Module):
+        def forward(self, *arguments: Tensor) -> State:
+            return infsa_ops.linear_state_update(*arguments)
+
+    tokens = torch.full((1, 1, 1000), 100.0), torch.full((1, 1, 1000, 2), 2.0)  # the sums exceed 65504
+    arguments = (*(tensor.half() for tensor in tokens), *empty_state(torch.float32, heads=1, width=2))
+    model = infexport.export(Update(), arguments)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), arguments, strict=True)}
+    state = tuple(torch.from_numpy(array) for array in session.run(None, feeds))
+    assert [tensor.dtype for tensor in state] == [torch.float32, torch.float32]
+    assert state_error(state, (torch.full((1, 1), 1e5), torch.full((1, 1, 2), 2e5))) <= 1e-6
+
+
+@pytest.mark.xfail(reason="the product of the moment adds up one token at a time", strict=True)
+def test_float32_states_of_many_tokens(random_tokens, state_error):
+    tokens = 331_777  # of an image of 9216²
+    weights = torch.rand(1, 1, tokens, generator=torch.Generator().manual_seed(0))
+    values = random_tokens(1, 1, tokens, 16, torch.float32)[0]
+    single = infsa_ops.linear_state_update(weights, values, *empty_state(torch.float32, heads=1, width=16))
+    double = reference.linear_state_update(weights, values, *empty_state(heads=1, width=16))
+    assert state_error(single, double) <= 5e-6
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_attention_keeps_the_dtype_of_its_tokens(dtype, tolerance, random_tokens, relative_error):
     q, k, v = random_tokens(2, 2, 785, 16, torch.float32).to(dtype)
@@ -157,7 +184,7 @@ def test_rho_of_another_shape_is_refused(rho, random_tokens):
 def test_tokens_of_another_number_are_refused(which, random_tokens):
     tokens = dict(zip("qkv", random_tokens(1, 2, 4, 3, torch.float32), strict=True))
     tokens[which] = tokens[which][:, :, :3]
-    with pytest.raises(RuntimeError, match="has shape .* expected"):
+    with pytest.raises(RuntimeError, match=r"has shape .* expected"):
         infsa_ops.linear_attention(**tokens, rho=0.5)
 
 
