@@ -62,6 +62,17 @@ def attach_bodies(model: ir.Model) -> ir.Model:
 
 
 @contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The module in eval mode, and as it was afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield module.eval()
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -84,10 +95,10 @@ def export_model(
     operators = _operators()
     _register_schemas(operators)
     table: Mapping[Any, Any] = {operator.TORCH_OP: operator.translate for operator in operators}
-    with warnings.catch_warnings(), _quiet(logging.getLogger("torch.onnx")):
+    with _evaluating(module), warnings.catch_warnings(), _quiet(logging.getLogger("torch.onnx")):
         warnings.simplefilter("ignore")  # the exporter warns about its own deprecations and about no torchvision
         program = torch.onnx.export(
-            module.eval(),
+            module,
             args,
             dynamo=True,
             opset_version=OPSET,

@@ -205,7 +205,6 @@ def test_export_leaves_the_module_as_it_was():
     assert module.rho.requires_grad
 
 
-@pytest.mark.xfail(reason="export_model calls module.eval() and leaves it so", strict=True)
 def test_export_leaves_a_module_in_training():
     module = block().train()
     model = infexport.export(module, (tokens(2, 5),))

@@ -1,4 +1,4 @@
-"""What both operators share: ε and the shape of ρ."""
+"""What both operators share: ε, the shape of ρ, and what q, k and v must be to each other."""
 
 from __future__ import annotations
 
@@ -21,3 +21,29 @@ def per_head(rho: Tensor | float, like: Tensor) -> Tensor:
             f"rho has shape {tuple(rho.shape)}, expected a scalar or one value per head, [{like.shape[1]}]"
         )
     return rho.reshape(1, -1, 1, 1)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse q, k and v that don't fit together.
+
+    Raises:
+        RuntimeError: not `[B, H, N, d]`, `[B, H, N, d]` and `[B, H, N, d_v]`, or of several dtypes.
+    """
+    for name, tensor, expected in (
+        ("q", q, ["B", "H", "N", "d"]),
+        ("k", k, list(q.shape)),
+        ("v", v, [*q.shape[:3], "d_v"]),
+    ):
+        fits = tensor.dim() == 4 and all(
+            isinstance(size, str) or actual == size for actual, size in zip(tensor.shape, expected, strict=False)
+        )
+        torch._check(
+            fits,
+            lambda name=name, tensor=tensor, expected=expected: (
+                f"{name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, expected))}]"
+            ),
+        )
+        torch._check(
+            tensor.dtype == q.dtype,
+            lambda name=name, tensor=tensor: f"{name} is {tensor.dtype}, expected q's dtype, {q.dtype}",
+        )

@@ -59,6 +59,8 @@ class InfViTConfig:
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, expected at least 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}, expected more than 0")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads = {self.num_heads} does not divide embed_dim = {self.embed_dim}")
         if self.image_size % self.patch_size:

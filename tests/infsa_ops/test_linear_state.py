@@ -126,7 +126,6 @@ def test_onnx_body_keeps_float32_states_for_half_precision_tokens(state_error):
     assert state_error(state, (torch.full((1, 1), 1e5), torch.full((1, 1, 2), 2e5))) <= 1e-6
 
 
-@pytest.mark.xfail(reason="the product of the moment adds up one token at a time", strict=True)
 def test_float32_states_of_many_tokens(random_tokens, state_error):
     tokens = 331_777  # of an image of 9216²
     weights = torch.rand(1, 1, tokens, generator=torch.Generator().manual_seed(0))
@@ -221,3 +220,18 @@ def test_gradients_of_the_update():
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_registration(requires_grad):
     torch.library.opcheck(torch.ops.infsa.linear_state_update.default, state_arguments(requires_grad))
+
+
+def test_keys_that_would_broadcast_are_refused(random_tokens):
+    q, k, v = random_tokens(1, 2, 4, 3, torch.float32)
+    with pytest.raises(RuntimeError, match=r"k has shape \[1, 1, 4, 3\], expected \[1, 2, 4, 3\]"):
+        infsa_ops.linear_attention(q, k[:, :1], v, 0.5)
+    with pytest.raises(RuntimeError, match=r"v is torch\.float64, expected q's dtype, torch\.float32"):
+        infsa_ops.linear_attention(q, k, v.double(), 0.5)
+
+
+def test_a_state_of_two_dtypes_is_refused():
+    weights, values = torch.ones(1, 1, 2), torch.ones(1, 1, 2, 3)
+    mass, moment = torch.zeros(1, 1), torch.zeros(1, 1, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"moment is torch.float64, expected the dtype of mass, torch.float32"):
+        infsa_ops.linear_state_update(weights, values, mass, moment)

@@ -204,6 +204,7 @@ def test_config_refuses_what_is_not_positive(field, value):
     ("changes", "message"),
     [
         ({"variant": "infinite"}, "variant is 'infinite', expected one of linear_infsa, pure_infsa, softmax"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0, expected more than 0"),
         ({"num_heads": 5}, "num_heads = 5 does not divide embed_dim = 12"),
         ({"patch_size": 3}, "patch_size = 3 does not divide image_size = 8"),
     ],

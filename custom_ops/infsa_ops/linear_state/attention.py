@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from infsa_ops.common import EPSILON, per_head
+from infsa_ops.common import EPSILON, check_qkv, per_head
 from infsa_ops.linear_state.op import linear_state_update
 
 
@@ -37,8 +37,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Te
 
     Raises:
         ValueError: ρ of another shape.
-        RuntimeError: shapes that don't fit together.
+        RuntimeError: shapes or dtypes that don't fit together.
     """
+    check_qkv(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1])
     queries, keys = q * scale, k * scale
     energy = torch.linalg.vector_norm(queries, dim=-1)

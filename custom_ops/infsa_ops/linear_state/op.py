@@ -28,6 +28,9 @@ def _check(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> Non
             state.dtype in (torch.float32, torch.float64),
             lambda name=name, state=state: f"{name} is {state.dtype}, expected a float32 or float64 state",
         )
+    torch._check(
+        mass.dtype == moment.dtype, lambda: f"moment is {moment.dtype}, expected the dtype of mass, {mass.dtype}"
+    )
 
 
 @torch.library.custom_op("infsa::linear_state_update", mutates_args=())
@@ -52,7 +55,8 @@ def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: T
     _check(weights, values, mass, moment)
     w = weights.to(mass.dtype)
     x = values.to(moment.dtype)
-    return mass + w.sum(-1), moment + torch.matmul(w[..., None, :], x)[..., 0, :]
+    # a sum and not a product of matrices, which adds one token after the other: 1e-5 off at 332k tokens
+    return mass + w.sum(-1), moment + (w[..., None] * x).sum(-2)
 
 
 @linear_state_update.register_fake

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infsa_ops.common import EPSILON, per_head
+from infsa_ops.common import EPSILON, check_qkv, per_head
 from infsa_ops.neumann_kernel import reference
 
 TILE = 256
@@ -15,15 +15,7 @@ TILE = 256
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        torch._check(
-            tensor.dim() == 4,
-            lambda name=name, tensor=tensor: f"{name} has {tensor.dim()} dimensions, expected [B, H, N, d]",
-        )
-    same = all(a == b for a, b in zip(q.shape, k.shape, strict=True))
-    torch._check(same, lambda: f"k has shape {list(k.shape)}, expected q's, {list(q.shape)}")
-    same = all(a == b for a, b in zip(q.shape[:3], v.shape[:3], strict=True))
-    torch._check(same, lambda: f"v has shape {list(v.shape)}, expected {[*q.shape[:3], 'd_v']}")
+    check_qkv(q, k, v)
     torch._check(terms >= 1, lambda: f"terms is {terms}, expected at least 1")
     per_head(rho, q)
 
@@ -31,6 +23,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:
 @torch.library.custom_op("infsa::neumann_kernel", mutates_args=())
 def _neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
     _check(q, k, v, rho, terms)
+    dtype = v.dtype
+    # in half precision the squares of affinities above 255 overflow
+    q, k, v, rho = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v, rho))
     keys = (k / q.shape[-1]).transpose(-1, -2)
     energy = q.new_zeros(q.shape[:2], dtype=torch.float64)
     term = torch.empty_like(v)
@@ -50,7 +45,7 @@ def _neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) ->
             following[:, :, start : start + TILE] = affinity @ term
         term = following * scale
         total = total + term
-    return total
+    return total.to(dtype)
 
 
 @_neumann_kernel.register_fake
