@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Time what the first road costs: converting the 53.5M model, its engine, and interpolating positions in the graph.
+"""Measure the README's figures: golden parity through the command line, and what converting and building cost.
 
-    python scripts/benchmark_convert.py
+    python scripts/measure.py
 
-Prints medians with minimum and maximum. Run it on an otherwise idle machine.
+Times are medians with minimum and maximum. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from PIL import Image
+from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch.export import Dim
 
@@ -53,7 +56,34 @@ class Positions(torch.nn.Module):
         return interpolate_positions(self.positions, *like.shape)
 
 
+INFEXPORT = [sys.executable, "-m", "infexport"]
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+
+
+def golden_error(name: str, folder: Path) -> float:
+    """Relative error of one golden model's logits, PNG in and npz out, against the reference package's float64."""
+    io = load_file(GOLDEN / f"{name}.io.safetensors")
+    images = [folder / f"{name}-{i}.png" for i in range(len(io["images"]))]
+    for path, image in zip(images, io["images"], strict=True):
+        Image.fromarray(image).save(path)
+    checkpoint, config = GOLDEN / f"{name}.safetensors", GOLDEN / f"{name}.json"
+    bundle, output = folder / name, folder / f"{name}.npz"
+    for command in (
+        ["convert", "checkpoint", checkpoint, "--config", config, "-o", bundle],
+        ["run-engine", bundle, *images, "-o", output],
+    ):
+        subprocess.run([*INFEXPORT, *command], check=True, capture_output=True)
+    with np.load(output) as arrays:
+        difference = arrays["logits"] - io["logits_f64"]
+    return float(np.linalg.norm(difference) / np.linalg.norm(io["logits_f64"]))
+
+
 def main() -> None:
+    index = json.loads((GOLDEN / "index.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [golden_error(case["file"], Path(folder)) for case in index if case["kind"] == "model"]
+    print(f"golden models: {len(errors)}, worst relative error {max(errors):.2g}")
+
     model = export(Positions(1024), (torch.zeros(3, 5),), ({0: Dim("height"), 1: Dim("width")},))
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (name,) = (i.name for i in session.get_inputs())
@@ -64,13 +94,12 @@ def main() -> None:
         checkpoint, bundle = Path(folder) / "model.safetensors", Path(folder) / "bundle"
         torch.manual_seed(0)
         save_file(InfViT(SIZES["infvit_linear_4l"]).state_dict(), checkpoint)
-        infexport = [sys.executable, "-m", "infexport"]
         options = ["--variant", "linear_infsa", "--num-heads", "16", "--force", "-o", bundle]
-        convert = [*infexport, "convert", "checkpoint", checkpoint, *options]
-        build = [*infexport, "build-engine", bundle, "--target", "a100"]
+        convert = [*INFEXPORT, "convert", "checkpoint", checkpoint, *options]
+        build = [*INFEXPORT, "build-engine", bundle, "--target", "a100"]
         for title, command in (("convert, 53.5M parameters", convert), ("build-engine for a100, 53.5M", build)):
             report(title, lambda command=command: subprocess.run(command, check=True, capture_output=True), 3, warmup=1)
-    report("infexport --help", lambda: subprocess.run([*infexport, "--help"], check=True, capture_output=True), 10, 2)
+    report("infexport --help", lambda: subprocess.run([*INFEXPORT, "--help"], check=True, capture_output=True), 10, 2)
 
 
 if __name__ == "__main__":
