@@ -1,10 +1,22 @@
 """The `infexport` command."""
 
+import signal
+import sys
+import traceback
+
 from infexport.cli import cli
 
 
 def main() -> None:
-    cli(prog_name="infexport")
+    """Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 3 a bug in infexport."""
+    # so that what is half-written is cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        cli(prog_name="infexport")
+    except Exception:
+        traceback.print_exc()
+        print("this is a bug in infexport: please report it with the lines above", file=sys.stderr)
+        sys.exit(3)
 
 
 if __name__ == "__main__":

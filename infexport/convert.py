@@ -15,19 +15,11 @@ import onnx_ir as ir
 import torch
 from torch.export import Dim
 
-from infexport.bundle import (
-    LABELS,
-    MODEL,
-    Bundle,
-    Manifest,
-    create_bundle,
-    open_bundle,
-    sha256,
-    write_manifest,
-)
+from infexport.bundle import Bundle, create_bundle, open_bundle, seal, sha256
 from infexport.errors import InfexportError
 from infexport.graph import export_model
 from infexport.image_model import ImageModel
+from infexport.manifest import LABELS, MODEL, Manifest
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
@@ -72,6 +64,7 @@ def read_checkpoint(path: Path, options: ConvertOptions) -> Checkpoint:
             num_heads=options.num_heads,
             layout=options.layout,
             config_file=options.config_file,
+            labels=None if options.labels_file is None else _read_labels(options.labels_file),
             rho=options.rho,
             norm_eps=options.norm_eps,
             neumann_terms=options.neumann_terms,
@@ -98,9 +91,9 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
         network = build_network(checkpoint)
         neumann = _fix_terms(network, options)
         preprocessing, assumed = _preprocessing(checkpoint, options)
-        labels = _labels(checkpoint, options)
-        if labels is not None:
-            (folder / LABELS).write_text(json.dumps(labels, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+        if checkpoint.labels is not None:
+            text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
+            (folder / LABELS).write_text(text + "\n", encoding="utf-8")
         status("exporting to ONNX")
         model = ImageModel(network, preprocessing["mean"], preprocessing["std"], options.input)
         _export(model, folder / MODEL)
@@ -116,10 +109,11 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
             precision="fp32",
             parameters=sum(p.numel() for p in network.parameters()),
             neumann=neumann,
-            checkpoint={"path": str(path.resolve()), "files": {f.name: sha256(f) for f in checkpoint.files}},
+            # not resolved: a link's own name is what its folder's listing shows
+            checkpoint={"path": str(path.absolute()), "files": {f.name: sha256(f) for f in checkpoint.files}},
             versions=_versions(),
         )
-        write_manifest(folder, manifest)
+        seal(folder, manifest)
     return open_bundle(output)
 
 
@@ -135,11 +129,20 @@ def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | Non
         return None
     terms = network.config.neumann_terms
     if options.neumann_tol is not None:
-        terms = bounds.terms_for(float(network.largest_rho()), options.neumann_tol)
+        terms = _terms_for(network.largest_rho(), options.neumann_tol)
     network.set_neumann_terms(terms)
     if terms == 1:
         return {"terms": 1}  # what the reference package computes and trains with: nothing is truncated
     return {"terms": terms, **measure_truncation(network)}
+
+
+def _terms_for(rho: float, tolerance: float) -> int:
+    try:
+        return bounds.terms_for(rho, tolerance)
+    except ValueError as error:
+        raise InfexportError(
+            "no number of terms reaches this --neumann-tol", str(error), "choose T yourself: --neumann-terms"
+        ) from error
 
 
 def _preprocessing(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -160,26 +163,12 @@ def _preprocessing(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[dic
     return default | found, dict(checkpoint.assumed) | assumed
 
 
-def _labels(checkpoint: Checkpoint, options: ConvertOptions) -> list[str] | None:
-    labels: list[str] | None = list(checkpoint.labels) if checkpoint.labels else None
-    if options.labels_file is not None:
-        labels = _read_labels(options.labels_file)
-    classes = checkpoint.config.num_classes
-    if labels is not None and len(labels) != classes:
-        raise InfexportError(
-            "the labels don't fit the model",
-            f"received {len(labels)} labels, expected {classes}, one for every class",
-            "give one name per class with --labels FILE: a line each, or a JSON list",
-        )
-    return labels
-
-
 def _read_labels(file: Path) -> list[str]:
     """One label a line, a JSON list, or a JSON object of index → label."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
         if not text.lstrip().startswith(("[", "{")):
-            return text.splitlines()
+            return text.removesuffix("\n").split("\n")
         values = json.loads(text)
         if isinstance(values, dict):
             return [str(values[str(i)]) for i in range(len(values))]

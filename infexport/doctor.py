@@ -63,7 +63,14 @@ def _runtime() -> list[Check]:
             Check("run on CPU", False, missing, "pip install 'infexport[cpu]'"),
             Check("run on GPU", False, missing, "pip install 'infexport[gpu]'"),
         ]
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        broken = f"onnxruntime cannot be imported: {error}"
+        return [
+            Check("run on CPU", False, broken, "pip install --force-reinstall 'infexport[cpu]'"),
+            Check("run on GPU", False, broken, "pip install --force-reinstall 'infexport[gpu]'"),
+        ]
 
     providers = onnxruntime.get_available_providers()
     version = f"onnxruntime {onnxruntime.__version__}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infexport import tensorrt_rtx
-from infexport.bundle import ENGINES, LABELS, Bundle, sha256
+from infexport.bundle import ENGINES, Bundle, sha256
 from infexport.errors import InfexportError
 from infexport.extras import require
 
@@ -26,6 +26,7 @@ class Target:
 
 TARGETS = {"a100": Target("8.0", "SM80")}
 
+INT32_MAX = 2**31 - 1
 CAVEAT = "built without a GPU and not run on the target; NVIDIA's support matrix lists TensorRT-RTX for consumer GPUs"
 
 
@@ -51,7 +52,7 @@ def default_profile(bundle: Bundle, max_size: int | None = None, max_batch: int 
     """One patch to `max_size` (4 times the trained size, at least 1024), best at the trained size.
 
     Raises:
-        InfexportError: a maximum that is no whole number of patches or below the trained size.
+        InfexportError: a maximum that is no whole number of patches, below the trained size, or too large for TensorRT.
     """
     size, patch = bundle.manifest.config["image_size"], bundle.manifest.config["patch_size"]
     largest = max_size or max(4 * size, -(-1024 // patch) * patch)
@@ -60,6 +61,15 @@ def default_profile(bundle: Bundle, max_size: int | None = None, max_batch: int 
             f"--max-size {largest} does not fit the model",
             f"expected a multiple of its patch, {patch}, and at least its trained size, {size}",
             f"for example --max-size {max(size, round(largest / patch) * patch)}",
+        )
+    tokens = (largest // patch) ** 2 + 1
+    hidden = max_batch * tokens * bundle.manifest.config["mlp_dim"]
+    if hidden > INT32_MAX:
+        raise InfexportError(
+            "the largest tensor would have more elements than TensorRT counts",
+            f"the MLP's hidden layer, [{max_batch}, {tokens}, {bundle.manifest.config['mlp_dim']}], has {hidden:,} "
+            f"elements, more than {INT32_MAX:,}",
+            "give a smaller --max-size or --max-batch",
         )
     return Profile(patch, size, largest, 1, max_batch)
 
@@ -98,13 +108,13 @@ def build_engine(bundle: Bundle, target: str, profile: Profile) -> tuple[Path, d
                 "profile": profile.shapes(bundle.manifest.input),
                 "caveat": CAVEAT,
                 "checkpoint": bundle.manifest.checkpoint["files"],
-                "graph": {name: digest for name, digest in bundle.manifest.files.items() if name != LABELS},
+                "graph": bundle.manifest.graph,
                 "sha256": sha256(built),
                 "bytes": built.stat().st_size,
             }
             described = built.with_name(engine.name + ".json")
             described.write_text(json.dumps(sidecar, indent=2) + "\n")
-            # an engine without its sidecar says nothing; a sidecar without its engine is seen at once
+            # killed between the two, a sidecar stands beside an engine it does not describe: its hash tells
             described.replace(engine.with_name(described.name))
             built.replace(engine)
     except OSError as error:
@@ -120,7 +130,8 @@ def _run_worker(scratch: Path, request: dict[str, Any]) -> dict[str, Any]:
     request_file, response_file = scratch / "request.json", scratch / "response.json"
     request_file.write_text(json.dumps(request))
     done = subprocess.run(
-        [sys.executable, "-m", "infexport.engine_worker", str(request_file), str(response_file)],
+        # -P: a json.py in the folder this is run from must not be imported
+        [sys.executable, "-P", "-m", "infexport.engine_worker", str(request_file), str(response_file)],
         capture_output=True,
         text=True,
         check=False,

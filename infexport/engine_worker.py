@@ -72,6 +72,9 @@ def main() -> None:
         response = build(json.loads(request_file.read_text()))
     except InfexportError as error:
         response = error.to_dict()
+    except Exception as error:  # whatever the library raises must reach the user as a message
+        details = f"{type(error).__name__}: {error}"
+        response = InfexportError("TensorRT-RTX cannot be used", details, "infexport doctor").to_dict()
     response_file.write_text(json.dumps(response))
 
 

@@ -40,7 +40,7 @@ _DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, AttributeError, AssertionError),
     *(ArithmeticError, RuntimeError, struct.error, zlib.error),
 )
-_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -158,7 +158,10 @@ def read_image(path: Path | str) -> Pixels:
             method = _UPRIGHT.get(_orientation(image, path))  # after load: Pillow turns TIFF upright itself
             return np.array(rgb if method is None else rgb.transpose(method))
     except _TOO_LARGE as error:
-        raise _too_large(path, str(error) or "more than fits in memory", limit) from error
+        raise _too_large(path, str(error), limit) from error
+    except MemoryError as error:
+        hint = "use a machine with more memory, or a smaller copy of the image"
+        raise InfexportError(f"not enough memory for image: {path}", str(error), hint) from error
     except UnidentifiedImageError as error:
         details = f"expected one of {', '.join(_FORMATS)}"
         hint = "convert it to PNG, JPEG or TIFF"

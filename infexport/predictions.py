@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,89 +83,100 @@ def check_output(path: Path) -> None:
         ) from error
 
 
-def write(
-    path: Path,
-    predictions: Sequence[Prediction],
-    k: int,
-    labels: Sequence[str] | None,
-    features: bool,
-    warnings: Sequence[str],
-) -> None:
-    """Write predictions as JSON, CSV or npz, by the suffix; the file appears when it is whole.
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be read or run; the others go on."""
 
-    In an npz: `files`, `logits [n, classes]`, and `features [n, E]` if asked for.
+    file: str
+    error: InfexportError
+
+    def to_dict(self) -> dict[str, str]:
+        return {"file": self.file, **self.error.to_dict()}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All answers, and how they are to be shown.
+
+    Attributes:
+        predictions, failures: in the order of the images.
+        labels: of the classes, or None.
+        warnings: what a reader must know before trusting the answers.
+        top_k: classes per image.
+        features: whether they are written too.
+        shape: classes and E, for a file with no predictions in it.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            _WRITERS[path.suffix](file, predictions, k, labels, features, warnings)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+
+    predictions: Sequence[Prediction]
+    failures: Sequence[Failure]
+    labels: Sequence[str] | None
+    warnings: Sequence[str]
+    top_k: int
+    features: bool
+    shape: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """One JSON document, `features` a list per image if asked for."""
+        images = []
+        for prediction in self.predictions:
+            image = prediction.to_dict(self.top_k, self.labels)
+            if self.features:
+                image["features"] = prediction.features.tolist()
+            images.append(image)
+        failed = [failure.to_dict() for failure in self.failures]
+        return {"warnings": list(self.warnings), "images": images, "failed": failed}
+
+    def write(self, path: Path) -> None:
+        """Write JSON, CSV or npz, by the suffix; the file appears when it is whole.
+
+        In an npz: `files`, `logits [n, classes]`, and `features [n, E]` if asked for.
+
+        Raises:
+            InfexportError: it cannot be written.
+        """
+        try:
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+                partial = Path(folder) / f"output{path.suffix}"  # made here, it has the mode everyone's files have
+                with partial.open("wb") as file:
+                    _WRITERS[path.suffix](file, self)
+                partial.replace(path)
+        except OSError as error:
+            raise InfexportError(
+                f"cannot write the output: {path}", str(error), "choose an --output that can be written to"
+            ) from error
 
 
-def document(
-    predictions: Sequence[Prediction],
-    k: int,
-    labels: Sequence[str] | None,
-    features: bool,
-    warnings: Sequence[str],
-) -> dict[str, Any]:
-    """Predictions as one JSON document, `features` a list per image if asked for."""
-    images = []
-    for prediction in predictions:
-        image = prediction.to_dict(k, labels)
-        if features:
-            image["features"] = prediction.features.tolist()
-        images.append(image)
-    return {"warnings": list(warnings), "images": images}
+def _write_json(file: BinaryIO, results: Results) -> None:
+    file.write((json.dumps(results.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _write_json(file: BinaryIO, *arguments: Any) -> None:
-    file.write((json.dumps(document(*arguments), indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write_csv(
-    file: BinaryIO,
-    predictions: Sequence[Prediction],
-    k: int,
-    labels: Sequence[str] | None,
-    features: bool,
-    _: Any,
-) -> None:
-    rows = [prediction.top_k(k, labels) for prediction in predictions]
-    width = max((len(row) for row in rows), default=0)
+def _write_csv(file: BinaryIO, results: Results) -> None:
+    width = min(results.top_k, results.shape[0])
     header = ["file", "grid_height", "grid_width", "padded_share"]
     header += [f"{name}_{rank}" for rank in range(1, width + 1) for name in ("label", "probability")]
-    if features and predictions:
-        header += [f"feature_{i}" for i in range(len(predictions[0].features))]
-    lines = [header]
-    for prediction, row in zip(predictions, rows, strict=True):
-        line = [prediction.file, *map(str, prediction.grid), f"{prediction.padded_share:.6g}"]
-        line += [value for top in row for value in (top["label"], f"{top['probability']:.6g}")]
-        if features:
-            line += [f"{value:.9g}" for value in prediction.features]
-        lines.append(line)
+    if results.features:
+        header += [f"feature_{i}" for i in range(results.shape[1])]
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-    csv.writer(text).writerows(lines)
+    writer = csv.writer(text)
+    writer.writerow(header)
+    for prediction in results.predictions:
+        line: list[Any] = [prediction.file, *prediction.grid, f"{prediction.padded_share:.6g}"]
+        for top in prediction.top_k(width, results.labels):
+            line += [top["label"], f"{top['probability']:.6g}"]
+        if results.features:
+            line += [f"{value:.9g}" for value in prediction.features]
+        writer.writerow(line)
     text.detach()
 
 
-def _write_npz(
-    file: BinaryIO,
-    predictions: Sequence[Prediction],
-    k: int,
-    labels: Sequence[str] | None,
-    features: bool,
-    _: Any,
-) -> None:
+def _write_npz(file: BinaryIO, results: Results) -> None:
+    classes, embed_dim = results.shape
     arrays: dict[str, Any] = {
-        "files": np.array([prediction.file for prediction in predictions]),
-        "logits": np.stack([prediction.logits for prediction in predictions]),
+        "files": np.array([prediction.file for prediction in results.predictions], dtype=np.str_),
+        "logits": np.array([p.logits for p in results.predictions], np.float32).reshape(-1, classes),
     }
-    if features:
-        arrays["features"] = np.stack([prediction.features for prediction in predictions])
+    if results.features:
+        arrays["features"] = np.array([p.features for p in results.predictions], np.float32).reshape(-1, embed_dim)
     np.savez(file, **arrays)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from infexport.bundle import Manifest
 from infexport.images import EvalTransform
+from infexport.manifest import Manifest
 
 
 def transform_of(manifest: Manifest) -> EvalTransform:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,17 +13,9 @@ import numpy as np
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.images import Fitted, fit, read_image
-from infexport.predictions import Prediction
+from infexport.predictions import Failure, Prediction
 from infexport.preprocessing import transform_of
 from infexport.runners import Runner
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be read; the others go on."""
-
-    file: str
-    error: InfexportError
 
 
 def run(
@@ -54,25 +46,39 @@ def run(
     answers: dict[int, Prediction] = {}
     failures: dict[int, Failure] = {}
 
+    patch = bundle.manifest.config["patch_size"]
+    transform = transform_of(bundle.manifest)
+
+    def name(index: int) -> str:
+        # a name that is no UTF-8 must not end the run when it is written
+        return os.fsencode(files[index]).decode("utf-8", "replace")
+
     def fitted() -> Iterator[tuple[int, Fitted]]:
-        transform, patch = transform_of(bundle.manifest), bundle.manifest.config["patch_size"]
         for index, file in enumerate(files):
             try:
                 image = fit(read_image(file), patch, size, transform, edge)
-            except InfexportError as error:
-                failures[index] = Failure(str(file), error)
+            except (InfexportError, MemoryError) as error:
+                reason = error if isinstance(error, InfexportError) else _out_of_memory([])
+                failures[index] = Failure(name(index), reason)
                 progress(1)
             else:
                 yield index, image
 
     for batch in _batches(fitted(), batch_size):
-        values = runner.run(np.stack([image.pixels for _, image in batch]))
-        for row, (index, image) in enumerate(batch):
-            patch = bundle.manifest.config["patch_size"]
-            grid = (image.pixels.shape[0] // patch, image.pixels.shape[1] // patch)
-            logits, features = values["logits"][row], values["features"][row]
-            answers[index] = Prediction(str(files[index]), grid, image.padded_share, logits, features)
-            progress(1)
+        try:
+            values = runner.run(np.stack([image.pixels for _, image in batch]))
+        except (InfexportError, MemoryError) as error:
+            reason = error if isinstance(error, InfexportError) else _out_of_memory(batch)
+            failures |= {index: Failure(name(index), reason) for index, _ in batch}
+        else:
+            for row, (index, image) in enumerate(batch):
+                grid = (image.pixels.shape[0] // patch, image.pixels.shape[1] // patch)
+                logits, features = values["logits"][row], values["features"][row]
+                if np.isfinite(logits).all():
+                    answers[index] = Prediction(name(index), grid, image.padded_share, logits, features)
+                else:
+                    failures[index] = Failure(name(index), _not_finite(name(index)))
+        progress(len(batch))
     return [answers[i] for i in sorted(answers)], [failures[i] for i in sorted(failures)]
 
 
@@ -87,3 +93,15 @@ def _batches(images: Iterator[tuple[int, Fitted]], batch_size: int) -> Iterator[
         elif sum(map(len, waiting.values())) >= 4 * batch_size:
             yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
     yield from waiting.values()
+
+
+def _out_of_memory(batch: Sequence[tuple[int, Fitted]]) -> InfexportError:
+    shapes = f"a batch of {len(batch)} images of {list(batch[0][1].pixels.shape)}" if batch else "while reading it"
+    return InfexportError("not enough memory for an image", shapes, "try a smaller --size or --batch-size")
+
+
+def _not_finite(file: str) -> InfexportError:
+    return InfexportError(
+        f"the model's answer is not finite: {file}",
+        hint="infexport validate parity --images tells whether PyTorch's is",
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from infexport.bundle import Bundle, Manifest
+from infexport.bundle import Bundle
+from infexport.manifest import Manifest
 
 
 def warnings_of(manifest: Manifest) -> list[str]:
@@ -22,7 +23,7 @@ def summary_lines(bundle: Bundle) -> list[str]:
     manifest, config = bundle.manifest, bundle.manifest.config
     size, patch = config["image_size"], config["patch_size"]
     lines = [
-        f"bundle      {bundle.path}" + ("" if bundle.verified else "  (modified: hashes differ)"),
+        f"bundle      {bundle.path}" + ("" if bundle.verified else f"  (modified: {', '.join(bundle.changed)})"),
         f"model       {config['variant']}, {manifest.parameters:,} parameters, {config['depth']} layers, "
         f"embed_dim {config['embed_dim']}, {config['num_heads']} heads, {config['num_classes']} classes",
         f"images      trained at {size}x{size}, patch {patch}; any size that is a multiple of {patch}",
@@ -35,9 +36,9 @@ def summary_lines(bundle: Bundle) -> list[str]:
             f"neumann     {neumann['terms']} terms; the rest is at most {neumann['a_priori_bound']:.1e} of the values "
             f"for any image (a priori), {neumann['a_posteriori_bound']:.1e} on noise (a posteriori)"
         )
-    for engine in bundle.engines:
-        stale = "" if engine["current"] else ", STALE: built from another graph"
-        lines.append(f"engine      {engine['file']}: {engine['backend']} {engine['backend_version']}{stale}")
+    for engine in bundle.engines():
+        state = "" if engine["state"] == "current" else f", {engine['state'].upper()}"
+        lines.append(f"engine      {engine['file']}: {engine.get('backend')} {engine.get('backend_version')}{state}")
     return lines
 
 
@@ -51,7 +52,7 @@ def manifest_lines(bundle: Bundle) -> list[str]:
     for name, digest in manifest.checkpoint["files"].items():
         lines.append(f"sha256      {digest}  {name} (checkpoint)")
     lines.extend(f"sha256      {digest}  {name}" for name, digest in manifest.files.items())
-    lines.extend(f"sha256      {engine['sha256']}  engines/{engine['file']}" for engine in bundle.engines)
+    lines.extend(f"sha256      {engine.get('sha256')}  engines/{engine['file']}" for engine in bundle.engines())
     return lines
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import infsa_ops
 from infsa_ops.neumann_kernel import bounds
 from infvit.network import Attention, InfViT
 
@@ -24,10 +23,10 @@ def measure_truncation(network: InfViT) -> dict[str, Any]:
     def hook(attention: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(attention, Attention)
         q, k, v = attention.project(args[0])
-        total = infsa_ops.neumann_kernel(q, k, v, attention.rho, terms=terms)
-        before = infsa_ops.neumann_kernel(q, k, v, attention.rho, terms=terms - 1)
-        bound = bounds.a_posteriori_bound(attention.rho, total - before)
-        measured.append(float((bound / torch.linalg.vector_norm(v, dim=(-2, -1))).max()))
+        assert attention.rho_logit is not None
+        rho = torch.sigmoid(attention.rho_logit.double())
+        bound = bounds.a_posteriori_bound(rho, bounds.series_term(q, k, v, rho, terms))
+        measured.append(float((bound / torch.linalg.vector_norm(v.double(), dim=(-2, -1))).max()))
 
     handles = [attention.register_forward_pre_hook(hook) for attention in network.attentions]
     size = network.config.image_size
@@ -39,6 +38,6 @@ def measure_truncation(network: InfViT) -> dict[str, Any]:
         for handle in handles:
             handle.remove()
     return {
-        "a_priori_bound": bounds.a_priori_bound(float(network.largest_rho()), terms),
+        "a_priori_bound": bounds.a_priori_bound(network.largest_rho(), terms),
         "a_posteriori_bound": max(measured),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """All cases, the tolerance they were judged by, and whether the bundle's hashes were right."""
+    """The verdict: true where every case is within tolerance and every image could be read.
+
+    Attributes:
+        bundle, checkpoint: what was compared.
+        verified: the bundle's hashes were right.
+        tolerance: what the cases were judged by.
+        cases: sizes, then images, in the order given.
+        failed: images that could not be compared, and why.
+    """
 
     bundle: Path
     checkpoint: Path
     verified: bool
     tolerance: Tolerance
     cases: tuple[Case, ...]
+    failed: tuple[tuple[Path, InfexportError], ...]
 
     def __bool__(self) -> bool:
-        return all(case.bundle for case in self.cases)
+        return not self.failed and all(case.bundle for case in self.cases)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +83,7 @@ class Report:
                 "depth": self.tolerance.depth,
             },
             "cases": [case.to_dict() for case in self.cases],
+            "failed": [{"file": str(path), **error.to_dict()} for path, error in self.failed],
         }
 
 
@@ -96,30 +106,24 @@ def recorded_checkpoint(bundle: Bundle) -> Path:
 
 
 def load_recorded(path: Path, bundle: Bundle) -> Checkpoint:
-    """A checkpoint read the way the bundle's was: same variant, heads, epsilon and discount.
+    """A checkpoint read with what the bundle's manifest says and no other config: only its weights are judged.
 
     Raises:
         InfexportError: it cannot be read, or it is another network's.
     """
-    manifest = bundle.manifest
-    config = manifest.config
+    config = bundle.manifest.config
+    untold = ("variant", "num_heads", "norm_eps", "neumann_terms", "rho_per_head")  # by the tensors' shapes
+    told = {name: config[name] for name in untold if name in config} | {"rho": bundle.manifest.rho}
     try:
-        checkpoint = load_checkpoint(
-            path,
-            variant=config["variant"],
-            num_heads=config["num_heads"],
-            norm_eps=config["norm_eps"],
-            rho=manifest.rho,
-            neumann_terms=config["neumann_terms"],
-        )
+        checkpoint = load_checkpoint(path, config=told)
     except CheckpointError as error:
         raise InfexportError(error.summary, error.details, error.hint) from error
     theirs = checkpoint.config.to_dict()
-    differing = [name for name in config if theirs[name] != config[name]]
+    differing = [name for name in theirs if theirs[name] != config.get(name)]
     if differing:
         raise InfexportError(
             f"the checkpoint is of another network: {path}",
-            "\n".join(f"{name}: checkpoint {theirs[name]}, bundle {config[name]}" for name in differing),
+            "\n".join(f"{name}: checkpoint {theirs[name]}, bundle {config.get(name)}" for name in differing),
             "name the checkpoint the bundle was converted from, or one of the same shape",
         )
     return checkpoint
@@ -144,19 +148,10 @@ def default_sizes(bundle: Bundle) -> list[tuple[int, int]]:
     return [(size, size), (half, size + patch), (2 * size, 2 * size)]
 
 
-def _inputs(
-    bundle: Bundle, sizes: list[tuple[int, int]], images: list[Path], batch: int
-) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    patch = bundle.manifest.config["patch_size"]
-    transform = transform_of(bundle.manifest)
-    for height, width in sizes:
-        image = synthetic_image(height, width)
-        # other images of the same size: the first one mirrored and inverted
-        batched = np.stack([image, image[::-1], 255 - image][:batch])
-        yield f"{height}x{width}", np.ascontiguousarray(batched)
-    for path in images:
-        fitted = fit(read_image(path), patch, "native", transform, "pad")
-        yield str(path), fitted.pixels[None]
+def _synthetic_batch(height: int, width: int) -> NDArray[np.uint8]:
+    """Three different images of one size."""
+    image = synthetic_image(height, width)
+    return np.stack([image, image[::-1], 255 - image])
 
 
 def validate(
@@ -165,7 +160,7 @@ def validate(
     sizes: list[tuple[int, int]],
     images: list[Path],
     threads: int | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
     """Run the bundle, PyTorch and its float64 twin on the same inputs and judge.
 
@@ -173,34 +168,45 @@ def validate(
         bundle: opened, verified or not.
         checkpoint_path: what it must agree with.
         sizes: `(height, width)` of synthetic images, multiples of the patch, three at a time.
-        images: files, each at its own resolution, completed to whole patches.
+        images: files, each at its own resolution, completed to whole patches. One that cannot be read is reported.
         threads: of ONNX Runtime.
-        progress: told of every case before it runs.
+        progress: told of every case that is done, with 1.
 
     Raises:
-        InfexportError: a checkpoint or an image that cannot be read, a size that is no multiple of the patch.
+        InfexportError: a checkpoint that cannot be read, or a size that is no multiple of the patch.
     """
-    manifest = bundle.manifest
-    patch = manifest.config["patch_size"]
+    patch = bundle.manifest.config["patch_size"]
     for height, width in sizes:
         if height % patch or width % patch:
+            nearest = (max(1, round(side / patch)) * patch for side in (height, width))
             raise InfexportError(
                 f"size {height}x{width} is not a whole number of patches",
                 f"the patch is {patch} pixels",
-                f"for example --sizes {max(1, round(height / patch)) * patch}x{max(1, round(width / patch)) * patch}",
+                f"for example --sizes {'x'.join(map(str, nearest))}",
             )
     checkpoint = load_recorded(checkpoint_path, bundle)
-    tolerance = tolerance_for("float32", manifest.config["depth"])
-    mean, std = tuple(manifest.preprocessing["mean"]), tuple(manifest.preprocessing["std"])
-    terms = manifest.config["neumann_terms"]
-    cases = []
-    truth_runner = TorchRunner(checkpoint, terms, mean, std, torch.float64)
-    torch_runner = TorchRunner(checkpoint, terms, mean, std, torch.float32)
+    tolerance = tolerance_for("float32", bundle.manifest.config["depth"])
+    mean, std = bundle.manifest.preprocessing["mean"], bundle.manifest.preprocessing["std"]
+    truth_runner = TorchRunner(checkpoint, mean, std, torch.float64)
+    torch_runner = TorchRunner(checkpoint, mean, std, torch.float32)
     bundle_runner = OrtRunner(bundle, "cpu", threads)
+    cases: list[Case] = []
+    failed: list[tuple[Path, InfexportError]] = []
     with truth_runner, torch_runner, bundle_runner:
-        for name, batch in _inputs(bundle, sizes, images, batch=3):
-            progress(name)
+
+        def judge(name: str, batch: NDArray[np.uint8]) -> None:
             runners: tuple[Runner, ...] = (truth_runner, torch_runner, bundle_runner)
             truth, eager, exported = (runner.run(batch)["logits"] for runner in runners)
             cases.append(Case(name, batch.shape, compare(exported, truth, tolerance), compare(eager, truth, tolerance)))
-    return Report(bundle.path, checkpoint_path, bundle.verified, tolerance, tuple(cases))
+
+        for height, width in sizes:
+            judge(f"{height}x{width}", _synthetic_batch(height, width))
+            progress(1)
+        for path in images:
+            try:
+                fitted = fit(read_image(path), patch, "native", transform_of(bundle.manifest), "pad")
+                judge(str(path), fitted.pixels[None])
+            except InfexportError as error:
+                failed.append((path, error))
+            progress(1)
+    return Report(bundle.path, checkpoint_path, bundle.verified, tolerance, tuple(cases), tuple(failed))

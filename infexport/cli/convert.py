@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,22 @@ import click
 from infexport.cli.output import Output
 from infexport.extras import require
 
+LAYOUTS_HELP = (
+    "Whose parameter names the checkpoint has: auto, reference, torchvision, timm, transformers, transformers4 or "
+    "transformers4_wrapped."
+)
+
+
+CONFIG_HELP = "JSON object with what shapes don't tell (num_heads, variant, labels, mean, std, …), or Hugging Face's."
+
 
 class Floats(click.ParamType[tuple[float, ...]]):
-    """Three numbers, `R,G,B`."""
+    """Three finite numbers, `R,G,B`, above `least`."""
 
     name = "R,G,B"
+
+    def __init__(self, least: float = -math.inf) -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
@@ -23,8 +35,9 @@ class Floats(click.ParamType[tuple[float, ...]]):
             numbers = tuple(float(part) for part in value.split(","))
         except ValueError:
             numbers = ()
-        if len(numbers) != 3:
-            self.fail(f"{value!r} is not three numbers separated by commas, such as 0.5,0.5,0.5", param, ctx)
+        if len(numbers) != 3 or not all(math.isfinite(number) and number > self.least for number in numbers):
+            positive = "" if self.least < 0 else " above 0"
+            self.fail(f"{value!r} is not three numbers{positive} separated by commas, such as 0.5,0.5,0.5", param, ctx)
         return numbers
 
 
@@ -39,13 +52,18 @@ def convert() -> None:
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @click.option("--variant", metavar="[linear_infsa|pure_infsa]", help="Attention of the model.")
 @click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads.")
-@click.option("--layout", default="auto", show_default=True, help="Whose parameter names the checkpoint has.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="JSON with what shapes don't tell.")
+@click.option("--layout", default="auto", show_default=True, help=LAYOUTS_HELP)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help=CONFIG_HELP,
+)
 @click.option("--labels", "labels_file", type=click.Path(path_type=Path), help="Class names: lines or JSON.")
 @click.option("--rho", type=float, help="Discount, where the checkpoint has none.  [default: 0.95]")
 @click.option("--norm-eps", type=click.FloatRange(min=0, min_open=True), help="Epsilon of the LayerNorms.")
 @click.option("--mean", type=Floats(), help="Mean of the pixels in [0, 1].  [default: ImageNet's]")
-@click.option("--std", type=Floats(), help="Standard deviation of the pixels.  [default: ImageNet's]")
+@click.option("--std", type=Floats(least=0), help="Standard deviation of the pixels.  [default: ImageNet's]")
 @click.option("--neumann-terms", type=click.IntRange(min=1), help="Terms of the Neumann series.  [default: 1]")
 @click.option(
     "--neumann-tol",
@@ -66,7 +84,7 @@ def checkpoint(checkpoint: Path, output: Path, as_json: bool, **options: Any) ->
         raise click.UsageError("--neumann-terms and --neumann-tol exclude each other: give one")
     del options["precision"]  # fp32 is the only one there is
     out = Output(as_json)
-    require("torch", "onnx", "onnxscript", "safetensors", extra="export")
+    require("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", extra="export")
     from infexport.convert import ConvertOptions, convert
     from infexport.summary import summary_lines, warnings_of
 

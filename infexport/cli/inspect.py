@@ -15,7 +15,7 @@ from infexport.cli.output import Output
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what BUNDLE holds and whether it is as it was made.
 
-    Exit code 1 when its files are not what the manifest recorded.
+    Exit code 1 when its files are not what the manifest recorded, or an engine is not what its sidecar says.
     """
     from infexport.bundle import open_bundle
     from infexport.summary import manifest_lines, summary_lines, warnings_of
@@ -27,4 +27,5 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for line in [*summary_lines(opened), *manifest_lines(opened)]:
         out.data(line)
     out.document(opened.to_dict())
-    raise click.exceptions.Exit(0 if opened.verified else 1)
+    whole = opened.verified and all(engine["state"] in ("current", "stale") for engine in opened.engines())
+    raise click.exceptions.Exit(0 if whole else 1)

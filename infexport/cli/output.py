@@ -40,7 +40,7 @@ class Output:
     def document(self, value: Any) -> None:
         """For machines; silent when people read."""
         if self.as_json:
-            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+            click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Columns as wide as they must be, numbers to the right."""
@@ -70,6 +70,16 @@ class ErrorGroup(click.Group):
             return super().invoke(ctx)
         except InfexportError as error:
             fail(error)
+        except BrokenPipeError:
+            raise  # click ends quietly when whoever reads the output has gone
+        except OSError as error:
+            summary = f"{error.strerror or error}: {error.filename or 'while reading or writing'}"
+            fail(InfexportError(summary, hint="check the path, its permissions and the room left on the disk"))
+        except MemoryError as error:
+            fail(InfexportError("not enough memory", str(error), "try smaller sizes or a smaller --batch-size"))
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(130) from None
 
 
 def fail(error: InfexportError) -> NoReturn:

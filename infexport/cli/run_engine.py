@@ -18,7 +18,7 @@ class Size(click.ParamType[str | int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
         if value in ("trained", "native") or isinstance(value, int):
             return value
-        if value.isdigit() and int(value) > 0:
+        if value.isascii() and value.isdecimal() and len(value) < 10 and int(value) > 0:
             return int(value)
         self.fail(f"{value!r} is neither trained, native nor a number of pixels", param, ctx)
 
@@ -59,11 +59,12 @@ def run_engine(
 ) -> None:
     """Label IMAGES (files or folders) with BUNDLE in ONNX Runtime.
 
-    An image that cannot be read doesn't stop the others: it is reported, and the exit code is 1.
+    An image that cannot be read doesn't stop the others: it is reported, and the exit code is 1. Images of more than
+    2^30 pixels are refused; the environment variable INFEXPORT_MAX_PIXELS sets another limit.
     """
-    from infexport import predictions
     from infexport.bundle import open_bundle
     from infexport.images import find_images
+    from infexport.predictions import Results, check_output
     from infexport.run import run
     from infexport.runners.ort import OrtRunner
     from infexport.summary import warnings_of
@@ -74,23 +75,26 @@ def run_engine(
     opened = open_bundle(bundle)
     files = find_images(images)
     if output is not None:
-        predictions.check_output(output)
+        check_output(output)
     warnings = warnings_of(opened.manifest)
     for line in warnings:
         out.warning(line)
-    with OrtRunner(opened, provider, threads) as runner, out.progress(len(files), "images") as bar:
-        answers, failures = run(opened, runner, files, size, edge, batch_size, bar.update)
-    labels = opened.labels
-    if output is not None and answers:
-        predictions.write(output, answers, top_k, labels, features, warnings)
+    with OrtRunner(opened, provider, threads) as runner:
+        out.status(f"running on {runner.provider} with {opened.manifest.precision}")
+        with out.progress(len(files), "images") as bar:
+            answers, failures = run(opened, runner, files, size, edge, batch_size, bar.update)
+    config = opened.manifest.config
+    shape = config["num_classes"], config["embed_dim"]
+    results = Results(answers, failures, opened.labels, warnings, top_k, features, shape)
+    if output is not None:
+        results.write(output)
         out.status(f"wrote {output}")
     for answer in answers:
         padded = f"  ({answer.padded_share:.1%} of the pixels are padding)" if answer.padded_share else ""
         out.data(f"{answer.file}{padded}")
-        for top in answer.top_k(top_k, labels):
+        for top in answer.top_k(top_k, results.labels):
             out.data(f"  {top['probability']:7.2%}  {top['label']}")
-    report = predictions.document(answers, top_k, labels, features, warnings)
-    out.document(report | {"failed": [{"file": failure.file, **failure.error.to_dict()} for failure in failures]})
+    out.document(results.to_dict())
     for failure in failures:
         out.error(failure.error)
     raise click.exceptions.Exit(1 if failures else 0)

@@ -75,7 +75,7 @@ def parity(
         sizes = default_sizes(opened) if images is None else []
     path = checkpoint or recorded_checkpoint(opened)
     with out.progress(len(sizes) + len(files), "comparing") as bar:
-        report = validate(opened, path, sizes, files, threads, progress=lambda name: bar.update(1, name))
+        report = validate(opened, path, sizes, files, threads, progress=bar.update)
     out.table(
         ["input", "max abs", "mean abs", "relative", "torch's own", "cosine", "top-1", ""],
         [
@@ -92,6 +92,8 @@ def parity(
             for case in report.cases
         ],
     )
+    for _, error in report.failed:
+        out.error(error)
     out.data(f"tolerance: {report.tolerance}")
     verdict = "parity holds" if report else "parity FAILED"
     out.data(verdict if report.verified else f"{verdict} (unverified: the bundle was modified)")

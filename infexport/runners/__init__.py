@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 class Runner(Protocol):
     """A context manager that leaves the device alone until it is entered."""
 
-    name: str
-
     def __enter__(self) -> Self: ...
 
     def __exit__(

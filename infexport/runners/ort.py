@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+import importlib
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -20,11 +21,14 @@ PROVIDERS = {
 
 
 class OrtRunner:
-    """Runs a bundle's `model.onnx` on one execution provider, and on no other.
+    """Runs a bundle's `model.onnx` on an execution provider.
+
+    ONNX Runtime keeps the CPU for operators the provider hasn't; a session that got none of it is an error.
 
     Args:
         bundle: what to run.
-        provider: `cpu`, `cuda`, `tensorrt`, or `auto`, the fastest of cuda and cpu that is there.
+        provider: `cpu`, `cuda`, `tensorrt`, or `auto`: cuda where it works, else cpu. The attribute `provider` says
+            which, once entered.
         threads: of one operator; None leaves it to ONNX Runtime (all cores).
     """
 
@@ -32,21 +36,32 @@ class OrtRunner:
         self.bundle = bundle
         self.provider = provider
         self.threads = threads
-        self.name = "onnxruntime"
         self._session: Any = None
 
     def __enter__(self) -> Self:
-        require("onnxruntime", extra="cpu")
-        import onnxruntime
+        available = import_onnxruntime().get_available_providers()
+        for provider in candidates(self.provider, available):
+            self._session = self._start(provider)
+            if self._session.get_providers()[:1] == [PROVIDERS[provider]]:
+                self.provider = provider
+                return self
+        # ONNX Runtime falls back to the CPU with no more than a log line
+        got = self._session.get_providers()
+        raise InfexportError(
+            f"asked for {PROVIDERS[self.provider]}, ONNX Runtime gave {got[0] if got else 'nothing'}",
+            f"the session's providers: {', '.join(got) or 'none'}",
+            "the driver, CUDA 13 or cuDNN 9 is missing or does not fit (infexport doctor), or use --provider cpu",
+        )
 
-        self.provider = choose_provider(self.provider, onnxruntime.get_available_providers())
+    def _start(self, provider: str) -> Any:
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         try:
-            self._session = onnxruntime.InferenceSession(
-                self.bundle.model, sess_options=options, providers=[PROVIDERS[self.provider]]
+            return onnxruntime.InferenceSession(
+                self.bundle.model, sess_options=options, providers=[PROVIDERS[provider]]
             )
         except Exception as error:  # ONNX Runtime raises its own kinds, which share no base but Exception
             raise InfexportError(
@@ -54,8 +69,6 @@ class OrtRunner:
                 str(error),
                 "convert the checkpoint again; infexport doctor shows what this machine can run",
             ) from error
-        check_provider(self.provider, self._session.get_providers())
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -87,32 +100,33 @@ def normalise(images: NDArray[np.uint8], preprocessing: dict[str, Any]) -> NDArr
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
-def choose_provider(asked: str, available: list[str]) -> str:
-    """The provider to ask ONNX Runtime for.
+def import_onnxruntime() -> ModuleType:
+    """ONNX Runtime's module.
+
+    Raises:
+        InfexportError: not installed, or one that cannot be imported.
+    """
+    require("onnxruntime", extra="cpu")
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise InfexportError(
+            "onnxruntime cannot be imported", str(error), "install it again: pip install 'infexport[cpu]'"
+        ) from error
+
+
+def candidates(asked: str, available: list[str]) -> list[str]:
+    """The providers to try, best first; several only for `auto`.
 
     Raises:
         InfexportError: this build of ONNX Runtime doesn't have the one that was asked for.
     """
     if asked == "auto":
-        return "cuda" if PROVIDERS["cuda"] in available else "cpu"
+        return [name for name in ("cuda", "cpu") if PROVIDERS[name] in available]
     if PROVIDERS[asked] not in available:
         raise InfexportError(
             f"this ONNX Runtime has no {PROVIDERS[asked]}",
             f"it has {', '.join(available)}",
             "uninstall onnxruntime and pip install 'infexport[gpu]' (the two overwrite each other), or --provider cpu",
         )
-    return asked
-
-
-def check_provider(asked: str, got: list[str]) -> None:
-    """ONNX Runtime falls back to the CPU with no more than a log line: make that an error.
-
-    Raises:
-        InfexportError: the session does not run where it was asked to.
-    """
-    if not got or got[0] != PROVIDERS[asked]:
-        raise InfexportError(
-            f"asked for {PROVIDERS[asked]}, ONNX Runtime gave {got[0] if got else 'nothing'}",
-            f"the session's providers: {', '.join(got) or 'none'}",
-            "the driver, CUDA 13 or cuDNN 9 is missing or does not fit (infexport doctor), or use --provider cpu",
-        )
+    return [asked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,29 +19,24 @@ class TorchRunner:
 
     Args:
         checkpoint: as `infvit.checkpoint.load_checkpoint` returns it.
-        neumann_terms: T, as the bundle was converted with.
-        mean, std: as the bundle records them.
+        mean, std: of the pixels in [0, 1], as the bundle records them.
         dtype: float32, or float64 for the twin that counts as the truth.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        neumann_terms: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean: Sequence[float],
+        std: Sequence[float],
         dtype: torch.dtype,
     ) -> None:
         self.checkpoint = checkpoint
-        self.neumann_terms = neumann_terms
         self.mean, self.std = mean, std
         self.dtype = dtype
-        self.name = f"torch {str(dtype).removeprefix('torch.')}"
         self._model: ImageModel | None = None
 
     def __enter__(self) -> Self:
         network = build_network(self.checkpoint).to(self.dtype)
-        network.set_neumann_terms(self.neumann_terms)
         self._model = ImageModel(network, self.mean, self.std).eval()
         return self
 

@@ -134,9 +134,10 @@ class InfViT(nn.Module):
         """The attention of every layer, first to last."""
         return [module for module in self.modules() if isinstance(module, Attention)]
 
-    def largest_rho(self) -> Tensor:
-        """The largest discount of any layer and head, a scalar; what truncating the Neumann series costs most at."""
-        return torch.stack([attention.rho.detach().max() for attention in self.attentions]).max()
+    def largest_rho(self) -> float:
+        """The largest discount of any layer and head, in float64: where truncating the Neumann series costs most."""
+        logits = [a.rho_logit.detach().double().max() for a in self.attentions if a.rho_logit is not None]
+        return float(torch.sigmoid(torch.stack(logits).max()))
 
     def set_neumann_terms(self, terms: int) -> None:
         """Compute T = `terms` terms of the Neumann series in every layer of a `pure_infsa` network."""

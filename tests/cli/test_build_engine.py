@@ -72,16 +72,17 @@ def test_a_parser_s_refusal_is_shown_whole(infexport, golden_bundle, tmp_path):
 
     import onnx
 
-    from infexport.bundle import Manifest, write_manifest
+    from infexport.bundle import seal
+    from infexport.manifest import read_manifest
 
     bundle = tmp_path / "b"
     shutil.copytree(golden_bundle("reference_linear"), bundle)
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     model.graph.node[-1].op_type = "NoSuchOperator"
     onnx.save(model, bundle / "model.onnx")
-    manifest = Manifest(**json.loads((bundle / "infexport.json").read_text()))
+    manifest = read_manifest(bundle / "infexport.json")
     (bundle / "infexport.json").unlink()
-    write_manifest(bundle, manifest)
+    seal(bundle, manifest)
     result = infexport("build-engine", bundle, "--target", "a100", exit_code=2)
     assert "NoSuchOperator" in result.stderr
     assert "parser refuses" in result.stderr
@@ -94,6 +95,8 @@ def test_wrong_usage(infexport, golden_bundle):
     arguments = ("build-engine", bundle, "--target", "a100", "--max-size")
     assert "--max-size 1000" in infexport(*arguments, 1001, exit_code=2).stderr
     assert "--max-size 32" in infexport(*arguments, 8, exit_code=2).stderr
+    result = infexport(*arguments, 65536, "--max-batch", 1, exit_code=2)
+    assert "MLP's hidden layer" in result.stderr
 
 
 def test_a_crash_of_the_library_is_an_error(infexport, golden_bundle, monkeypatch):

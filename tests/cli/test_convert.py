@@ -14,6 +14,7 @@ from support import GOLDEN
 
 CHECKPOINT = GOLDEN / "torchvision_linear.safetensors"
 COMPLETE = ("--variant", "linear_infsa", "--num-heads", "4")
+PURE = ("--variant", "pure_infsa", "--num-heads", "4")
 
 
 def test_makes_a_whole_bundle(golden_bundle):
@@ -83,7 +84,8 @@ def test_neumann_terms_and_tolerance(infexport, tmp_path):
 
     infexport("convert", "checkpoint", checkpoint, *config, "--neumann-tol", 0.01, "-o", tmp_path / "tol")
     neumann = json.loads((tmp_path / "tol" / "infexport.json").read_text())["neumann"]
-    assert neumann["terms"] > 3
+    assert neumann["terms"] >= 30
+    assert 0 < neumann["a_posteriori_bound"] < 1e-6
     assert neumann["a_priori_bound"] <= 0.01
 
 
@@ -159,6 +161,9 @@ def bad_checkpoints(folder):
         "missing": (folder / "nowhere.pth", COMPLETE, "nowhere.pth"),
         "tolerance for linear": (CHECKPOINT, (*COMPLETE, "--neumann-tol", "1e-3"), "pure_infsa"),
         "rho of a learned one": (CHECKPOINT, (*COMPLETE, "--rho", "0.9"), "--rho"),
+        "infinite tolerance": (GOLDEN / "reference_pure.safetensors", (*PURE, "--neumann-tol", "inf"), "--neumann-tol"),
+        "no spread": (CHECKPOINT, (*COMPLETE, "--std", "0,1,1"), "above 0"),
+        "mean that is no number": (CHECKPOINT, (*COMPLETE, "--mean", "nan,0,0"), "three numbers"),
         "bad mean": (CHECKPOINT, (*COMPLETE, "--mean", "0.5,0.5"), "three numbers"),
         "terms and tolerance": (CHECKPOINT, (*COMPLETE, "--neumann-terms", "2", "--neumann-tol", "0.1"), "give one"),
     }
@@ -168,7 +173,7 @@ CASES = (
     "no head count", "no variant", "wrong variant", "heads that don't divide", "wrong layout", "unknown layout",
     "truncated safetensors", "truncated pth", "pickle with code", "zipped pickle with code", "text called pth",
     "empty file", "another family", "empty folder", "missing", "tolerance for linear", "rho of a learned one",
-    "bad mean", "terms and tolerance",
+    "bad mean", "terms and tolerance", "infinite tolerance", "no spread", "mean that is no number",
 )  # fmt: skip
 
 
@@ -193,11 +198,48 @@ def test_an_unwritable_output(infexport, tmp_path):
     (tmp_path / "file").write_text("in the way")
     arguments = ("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "file" / "b")
     result = infexport(*arguments, exit_code=2)
-    assert "cannot write the bundle" in result.stderr
+    assert "file" in result.stderr
     assert "hint:" in result.stderr
-    if os.geteuid() != 0:  # root may write anywhere
-        (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-        infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "locked" / "b", exit_code=2)
+
+
+def test_an_output_that_may_not_be_written(infexport, golden_bundle, tmp_path):
+    golden_bundle("torchvision_linear")  # imports what an ordinary user could not read of this environment
+    (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+    user = os.geteuid()
+    arguments = ("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "locked" / "b")
+    try:
+        if user == 0:  # root may write anywhere
+            os.seteuid(65534)
+        result = infexport(*arguments, exit_code=2)
+    finally:
+        os.seteuid(user)
+    assert "Permission denied" in result.stderr
+    assert "hint:" in result.stderr
+    assert infexport(*arguments[:-1], tmp_path / ("long" * 100), exit_code=2).stderr.count("error:") == 1
+
+
+def test_a_linked_checkpoint_can_be_validated(infexport, tmp_path):
+    """As in Hugging Face's cache, where every file is a link to another name."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    shutil.copy(CHECKPOINT, tmp_path / "blobs" / "deadbeef")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/deadbeef")
+    convert = ("convert", "checkpoint", tmp_path / "snapshot" / "model.safetensors", *COMPLETE)
+    infexport(*convert, "-o", tmp_path / "b")
+    infexport("validate", "parity", tmp_path / "b", "--sizes", "32")
+
+
+def test_options_that_correct_a_sidecar_hold_in_validate_too(infexport, tmp_path):
+    shutil.copy(GOLDEN / "timm_softmax_pure.safetensors", tmp_path / "model.safetensors")
+    sidecar = {"hidden_act": "gelu_new", "labels": ["too", "few"], "num_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(sidecar))
+    given = {"hidden_act": "gelu", "num_heads": 4, "variant": "pure_infsa", "rho": 0.7, "rho_per_head": True}
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    (tmp_path / "labels.txt").write_text("\ufeff" + "".join(f"class {i}\n" for i in range(10)), encoding="utf-8")
+    options = ("--config", tmp_path / "given.json", "--labels", tmp_path / "labels.txt")
+    infexport("convert", "checkpoint", tmp_path / "model.safetensors", *options, "-o", tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "labels.json").read_text())[0] == "class 0"
+    infexport("validate", "parity", tmp_path / "b", "--sizes", "32")
 
 
 def test_a_huggingface_folder(infexport, golden_images, tmp_path):

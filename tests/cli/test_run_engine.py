@@ -86,6 +86,77 @@ def test_images_that_fail_don_t_stop_the_others(infexport, bundle, photographs, 
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
 
 
+def test_a_batch_that_fails_doesn_t_stop_the_others(infexport, bundle, photographs, monkeypatch):
+    from infexport.errors import InfexportError
+    from infexport.runners.ort import OrtRunner
+
+    run = OrtRunner.run
+
+    def small_only(self, images):
+        if images.size > 141 * 141 * 3:
+            raise InfexportError("ONNX Runtime failed", hint="smaller")
+        if images.shape[1] == 8:
+            return {name: np.full_like(values, np.nan) for name, values in run(self, images).items()}
+        return run(self, images)
+
+    monkeypatch.setattr(OrtRunner, "run", small_only)
+    report = infexport("run-engine", bundle, photographs, "--size", "native", "--json", exit_code=1)
+    report = json.loads(report.stdout)
+    assert report["images"] == []
+    assert len(report["failed"]) == 9
+    assert sum("not finite" in failure["error"] for failure in report["failed"]) == 1
+
+
+def test_when_every_image_fails_the_file_says_so(infexport, bundle, tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    for suffix in ("csv", "json", "npz"):
+        output = tmp_path / f"out.{suffix}"
+        output.write_text("from an earlier run")
+        infexport("run-engine", bundle, tmp_path / "a.png", "-o", output, "--features", exit_code=1)
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1
+    assert len(json.loads((tmp_path / "out.json").read_text())["failed"]) == 1
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["logits"].shape == (0, 10)
+        assert arrays["features"].shape == (0, 64)
+
+
+def test_a_file_name_that_is_no_utf8(infexport, bundle, photographs, tmp_path):
+    import os
+    import shutil
+
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    shutil.copy(photographs / "retina.png", name)
+    infexport("run-engine", bundle, tmp_path, "-o", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["images"][0]["file"].endswith("caf\ufffd.png")
+
+
+class Session:
+    """ONNX Runtime's session as a GPU package without a GPU gives it."""
+
+    def __init__(self, *arguments, providers, **options):
+        self.providers = providers
+
+    def get_providers(self):
+        return ["CPUExecutionProvider"]
+
+
+def test_a_silent_fall_back_to_the_cpu_is_an_error(monkeypatch, golden_bundle):
+    import onnxruntime
+
+    from infexport.bundle import open_bundle
+    from infexport.errors import InfexportError
+    from infexport.runners.ort import OrtRunner
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    opened = open_bundle(golden_bundle("reference_linear"))
+    with pytest.raises(InfexportError, match="asked for CUDAExecutionProvider, ONNX Runtime gave CPU"):
+        OrtRunner(opened, "cuda").__enter__()
+    with OrtRunner(opened, "auto") as runner:
+        assert runner.provider == "cpu"
+
+
 def test_json_csv_and_npz_say_the_same(infexport, bundle, golden_images, tmp_path):
     folder, io = golden_images("reference_linear")
     for suffix in ("json", "csv", "npz"):
@@ -125,6 +196,7 @@ def test_people_see_labels_and_probabilities(infexport, bundle, golden_images):
         (("--output", "/proc/none/out.json"), "cannot write the output"),
         (("--features",), "--features needs"),
         (("--size", "huge"), "neither trained, native nor"),
+        (("--size", "²"), "neither trained, native nor"),
         (("--provider", "cuda"), "has no CUDAExecutionProvider"),
     ],
 )

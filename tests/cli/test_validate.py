@@ -10,6 +10,9 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from support import GOLDEN, MODELS
 
+from infvit.config import InfViTConfig
+from infvit.network import InfViT
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_holds_at_every_size(name, infexport, golden_bundle):
@@ -30,6 +33,26 @@ def test_images_are_compared_at_native_resolution(infexport, golden_bundle, gold
     result = infexport("validate", "parity", golden_bundle("torchvision_pure"), "--images", folder)
     assert result.stdout.count(" ok") == 3
     assert "parity holds" in result.stdout
+
+
+def test_an_image_that_cannot_be_read_is_reported(infexport, golden_bundle, golden_images, tmp_path):
+    folder, _ = golden_images("torchvision_pure")
+    shutil.copy(folder / "0.png", tmp_path / "0.png")
+    (tmp_path / "1.png").write_text("no image")
+    arguments = ("validate", "parity", golden_bundle("torchvision_pure"), "--images", tmp_path, "--json")
+    report = json.loads(infexport(*arguments, exit_code=1).stdout)
+    assert [case["bundle"]["passed"] for case in report["cases"]] == [True]
+    assert [failure["file"] for failure in report["failed"]] == [str(tmp_path / "1.png")]
+    assert report["passed"] is False
+
+
+def test_a_fine_tuned_checkpoint_judges_a_bundle_made_of_a_softmax_one(infexport, golden_bundle, tmp_path):
+    bundle = golden_bundle("timm_softmax_linear")
+    torch.manual_seed(0)
+    network = InfViT(InfViTConfig(**json.loads((bundle / "infexport.json").read_text())["config"]))
+    save_file(network.state_dict(), tmp_path / "tuned.safetensors")
+    arguments = ("validate", "parity", bundle, "--sizes", "32", "--checkpoint", tmp_path / "tuned.safetensors")
+    assert "FAILED" in infexport(*arguments, exit_code=1).stdout
 
 
 def changed(bundle, tmp_path, factor):

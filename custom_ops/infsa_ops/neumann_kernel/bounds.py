@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from infsa_ops.neumann_kernel.op import neumann_kernel
+
 
 def a_priori_bound(rho: float, terms: int) -> float:
     """ρ^(T+1) / (1−ρ): the rest relative to ‖V‖_F, for any tokens, with ρ in (0, 1)."""
@@ -23,15 +25,23 @@ def a_posteriori_bound(rho: Tensor | float, last_term: Tensor) -> Tensor:
     return rho / (1 - rho) * torch.linalg.vector_norm(last_term, dim=(-2, -1))
 
 
+def series_term(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int) -> Tensor:
+    """S_T = (ρÂ)ᵀV in float64, `[B, H, N, d_v]`: T single steps, since the difference of two series cancels."""
+    term = v.double()
+    for _ in range(terms):
+        term = neumann_kernel(q.double(), k.double(), term, rho)
+    return term
+
+
 def terms_for(rho: float, tolerance: float) -> int:
     """The least T whose a-priori bound is at most `tolerance`.
 
     Raises:
         ValueError: ρ or the tolerance is not in (0, 1), or not positive.
     """
-    if not 0 < rho < 1 or not tolerance > 0:
-        raise ValueError(f"rho = {rho}, tolerance = {tolerance}: expected 0 < rho < 1 and tolerance > 0")
-    terms = max(1, math.ceil(math.log(tolerance * (1 - rho)) / math.log(rho)) - 1)
+    if not 0 < rho < 1 or not 0 < tolerance < math.inf:
+        raise ValueError(f"rho = {rho}, tolerance = {tolerance}: expected 0 < rho < 1 and a tolerance above 0")
+    terms = max(1, math.ceil((math.log(tolerance) + math.log1p(-rho)) / math.log(rho)) - 1)
     # the logarithms round: step to the exact place
     while a_priori_bound(rho, terms) > tolerance:
         terms += 1

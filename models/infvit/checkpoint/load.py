@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from infvit.checkpoint.files import read_weights
 from infvit.checkpoint.layout import choose_layout
 from infvit.checkpoint.layouts import READERS
 from infvit.checkpoint.preprocessing import read_preprocessing
-from infvit.checkpoint.resolve import VARIANTS, resolve_config
+from infvit.checkpoint.resolve import DEPLOYABLE, resolve_config
 from infvit.checkpoint.settings import (
     Source,
     config_sources,
@@ -66,6 +67,8 @@ def load_checkpoint(
     num_heads: int | None = None,
     layout: str = "auto",
     config_file: str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
     rho: float | None = None,
     norm_eps: float | None = None,
     neumann_terms: int | None = None,
@@ -81,6 +84,8 @@ def load_checkpoint(
         num_heads: attention heads of a layer.
         layout: one of `LAYOUTS`, or `auto`.
         config_file: JSON object with what the shapes don't tell, in our names or Hugging Face's.
+        config: the same as values; then no file is looked at, neither `config_file` nor those beside the weights.
+        labels: class names, one for every class.
         rho: the discount, in (0, 1), for a checkpoint that has none of its own; 0.95 where nothing says.
         norm_eps: epsilon of every LayerNorm.
         neumann_terms: T of `pure_infsa`; 1, the reference package's, where nothing says.
@@ -88,8 +93,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: anything wrong with the files or the arguments.
     """
-    if variant is not None and variant not in VARIANTS:
-        expected = " or ".join(VARIANTS)
+    if variant is not None and variant not in DEPLOYABLE:
+        expected = " or ".join(DEPLOYABLE)
         raise CheckpointError(f"unknown variant {variant!r}", f"expected: {expected}", "See --variant.")
     given = {
         "variant": variant,
@@ -98,14 +103,18 @@ def load_checkpoint(
         "rho": rho,
         "norm_eps": norm_eps,
         "neumann_terms": neumann_terms,
+        "labels": None if labels is None else list(labels),
     }
     weights = read_weights(Path(path))
-    configs = config_sources(weights, None if config_file is None else Path(config_file))
+    if config is not None:
+        configs = [Source("the given config", config)]
+    else:
+        configs = config_sources(weights, None if config_file is None else Path(config_file))
     settings = merge_settings([Source("the options", given), *configs])
     chosen_layout = settings["layout"].value if "layout" in settings else "auto"
     match = choose_layout(weights.tensors, READERS, chosen_layout)
     tensors = canonical_tensors(weights.tensors, match)
-    config, assumed = resolve_config(tensors, settings, match.layout)
+    resolved, assumed = resolve_config(tensors, settings, match.layout)
 
     finetuned = any(key.endswith(".rho_logit") for key in tensors)
     if finetuned and rho is not None:
@@ -117,17 +126,17 @@ def load_checkpoint(
     filled = None
     if not finetuned:
         filled = number(settings["rho"], below=1) if "rho" in settings else DEFAULT_RHO
-        fill_discount(tensors, config, filled)
+        fill_discount(tensors, resolved, filled)
         if "rho" not in settings:
             assumed["rho"] = DEFAULT_RHO
 
     return Checkpoint(
-        config=config,
-        state_dict=network_tensors(tensors, config),
+        config=resolved,
+        state_dict=network_tensors(tensors, resolved),
         layout=match.layout.name,
         finetuned=finetuned,
         rho=filled,
-        labels=read_labels(settings.get("labels"), config.num_classes),
+        labels=read_labels(settings.get("labels"), resolved.num_classes),
         preprocessing=read_preprocessing(configs),
         assumed=assumed,
         files=weights.files,

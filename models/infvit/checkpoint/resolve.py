@@ -12,7 +12,7 @@ from infvit.checkpoint.tensors import Named, shape_text
 from infvit.config import InfViTConfig
 from infvit.errors import CheckpointError
 
-VARIANTS = ("linear_infsa", "pure_infsa")
+DEPLOYABLE = ("linear_infsa", "pure_infsa")
 """The variants a checkpoint can be deployed as; `softmax` is the network's twin for comparison only."""
 
 _RHO_LOGIT = "encoder.layers.0.attn.rho_logit"
@@ -118,12 +118,12 @@ def _check_activations(settings: Mapping[str, Setting], pooler: bool) -> None:
 
 def _variant(settings: Mapping[str, Setting]) -> str:
     setting = settings.get("variant")
-    choice = f"--variant {VARIANTS[0]} or --variant {VARIANTS[1]}"
+    choice = f"--variant {DEPLOYABLE[0]} or --variant {DEPLOYABLE[1]}"
     if setting is None or setting.value == "softmax":
         details = "Neither its tensors nor a config say it." if setting is None else f"received {setting}"
         raise CheckpointError("the checkpoint does not say which InfSA attention it is for", details, f"Give {choice}.")
-    if setting.value not in VARIANTS:
-        expected = f"expected: {' or '.join(VARIANTS)}"
+    if setting.value not in DEPLOYABLE:
+        expected = f"expected: {' or '.join(DEPLOYABLE)}"
         raise CheckpointError("unknown variant", f"received {setting}\n{expected}", f"Give {choice}.")
     return str(setting.value)
 

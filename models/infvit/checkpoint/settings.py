@@ -136,6 +136,7 @@ def read_labels(setting: Setting | None, num_classes: int) -> tuple[str, ...] | 
     if len(labels) != num_classes:
         raise CheckpointError(
             f"{setting.found} and the weights contradict each other",
-            f"received: {len(labels)} labels, {num_classes} classes in the head",
+            f"received {len(labels)} labels, expected {num_classes}, one for every class of the head",
+            "Give the right ones with --labels FILE: a line each, or a JSON list.",
         )
     return tuple(labels)

@@ -1,0 +1,146 @@
+"""`infexport.json`: what a bundle says of itself, and whether it can be believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infexport.errors import InfexportError
+
+FILE = "infexport.json"
+MODEL = "model.onnx"
+LABELS = "labels.json"
+FORMAT = 1
+"""Version of the manifest. A reader refuses what is newer than itself."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        config: the fields of `infvit.InfViTConfig`.
+        layout: the checkpoint's layout.
+        finetuned: False where a softmax ViT's projections were taken and never trained with this attention.
+        rho: the discount that was filled in; None where the checkpoint has its own, learned.
+        preprocessing: `mean`, `std` and the evaluation transform (`resize_mode`, `resize_size`, `crop_size`,
+            `interpolation`).
+        assumed: what neither the checkpoint nor the user said, and the value taken.
+        input: `uint8` (RGB `image [B, H, W, 3]`) or `float32` (normalised `pixels [B, 3, H, W]`).
+        precision: of the graph's weights.
+        parameters: number of weights.
+        neumann: for `pure_infsa`: terms, and bounds of what they leave out where there are several.
+        checkpoint: `path`, and `files`: name → SHA-256 of every file of weights.
+        versions: of the tools that made it.
+        files: name → SHA-256 of every file of the bundle but the manifest and the engines.
+    """
+
+    config: dict[str, Any]
+    layout: str
+    finetuned: bool
+    rho: float | None
+    preprocessing: dict[str, Any]
+    assumed: dict[str, Any]
+    input: str
+    precision: str
+    parameters: int
+    neumann: dict[str, Any] | None
+    checkpoint: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def graph(self) -> dict[str, str]:
+        """The part of `files` an engine is built from."""
+        return {name: digest for name, digest in self.files.items() if name != LABELS}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file of a bundle.
+
+    Raises:
+        InfexportError: unreadable, not JSON, or not an object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InfexportError(
+            f"unreadable: {file}", str(error), "make it again: it is not as infexport wrote it"
+        ) from error
+    if not isinstance(values, dict):
+        raise InfexportError(f"unreadable: {file}", f"received a {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read a manifest and check everything the tool relies on.
+
+    Raises:
+        InfexportError: unreadable, newer than this tool, or not as the tool wrote it; names the field.
+    """
+    values = read_json(file)
+    found = values.get("format")
+    if type(found) is int and found > FORMAT:
+        raise InfexportError(
+            f"the bundle is newer than this infexport: {file.parent}",
+            f"received manifest format {found}, expected at most {FORMAT}",
+            "upgrade infexport, or convert the checkpoint with this version",
+        )
+    known = {f.name for f in dataclasses.fields(Manifest)}
+    wrong = sorted(known ^ values.keys()) or [name for name, good in _CHECKS.items() if not good(values[name])]
+    if wrong:
+        raise InfexportError(
+            f"the manifest is not as infexport wrote it: {file}",
+            f"missing, unknown or not understood: {', '.join(wrong)}",
+            "convert the checkpoint again",
+        )
+    return Manifest(**values)
+
+
+def write_manifest(file: Path, manifest: Manifest) -> None:
+    text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+    )
+
+
+_INTEGERS = ("image_size", "patch_size", "depth", "embed_dim", "num_heads", "mlp_dim", "num_classes", "neumann_terms")
+_CHECKS = {
+    "config": lambda v: isinstance(v, dict) and "variant" in v and all(_positive(v.get(name)) for name in _INTEGERS),
+    "preprocessing": lambda v: (
+        isinstance(v, dict)
+        and _numbers(v.get("mean"))
+        and _numbers(v.get("std"))
+        and min(v["std"]) > 0
+        and _positive(v.get("resize_size"))
+        and _positive(v.get("crop_size"))
+        and {"resize_mode", "interpolation"} <= v.keys()
+    ),
+    "checkpoint": lambda v: isinstance(v, dict) and isinstance(v.get("path"), str) and _texts(v.get("files")),
+    "files": lambda v: _texts(v) and MODEL in v,
+    "versions": _texts,
+    "assumed": lambda v: isinstance(v, dict),
+    "neumann": lambda v: v is None or (isinstance(v, dict) and "terms" in v and (v["terms"] == 1 or len(v) == 3)),
+    "input": lambda v: v in ("uint8", "float32"),
+    "parameters": _positive,
+    "rho": lambda v: v is None or isinstance(v, float),
+    "format": _positive,
+}
+"""Field → whether its value is one the tool can work with."""
