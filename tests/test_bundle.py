@@ -14,13 +14,8 @@ from infexport.bundle import create_bundle, open_bundle
 from infexport.errors import InfexportError
 from infexport.manifest import read_manifest
 
-CONVERT = (
-    "convert",
-    "checkpoint",
-    GOLDEN / "reference_linear.safetensors",
-    "--config",
-    GOLDEN / "reference_linear.json",
-)
+CHECKPOINT, CONFIG = GOLDEN / "reference_linear.safetensors", GOLDEN / "reference_linear.json"
+CONVERT = ("convert", "checkpoint", CHECKPOINT, "--config", CONFIG)
 
 
 @pytest.fixture
@@ -107,11 +102,15 @@ def test_force_refuses_to_lose_what_is_not_the_bundle_s(bundle, infexport):
 def test_of_two_at_once_the_second_is_refused(bundle):
     """Whichever finishes later finds the other's bundle and leaves it."""
     path = bundle.parent / "made"
-    with pytest.raises(InfexportError, match="the output exists"), create_bundle(path) as late:
-        shutil.copytree(bundle, late, dirs_exist_ok=True)
-        with create_bundle(path) as early:
-            shutil.copytree(bundle, early, dirs_exist_ok=True)
-            edit(early, layout="early")
+
+    def make(layout, meanwhile=lambda: None):
+        with create_bundle(path) as folder:
+            shutil.copytree(bundle, folder, dirs_exist_ok=True)
+            edit(folder, layout=layout)
+            meanwhile()
+
+    with pytest.raises(InfexportError, match="the output exists"):
+        make("late", meanwhile=lambda: make("early"))
     assert read_manifest(path / "infexport.json").layout == "early"
     assert sorted(item.name for item in bundle.parent.iterdir()) == ["b", "made"]
 
