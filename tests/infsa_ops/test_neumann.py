@@ -106,9 +106,12 @@ def test_terms_for_is_the_least_number_of_terms(rho, tolerance):
     assert terms == 1 or a_priori_bound(rho, terms - 1) > tolerance
 
 
-@pytest.mark.parametrize(("rho", "tolerance"), [(0.0, 0.1), (1.0, 0.1), (-0.5, 0.1), (0.5, 0.0), (0.5, -1.0)])
+@pytest.mark.parametrize(
+    ("rho", "tolerance"),
+    [(0.0, 0.1), (1.0, 0.1), (-0.5, 0.1), (0.5, 0.0), (0.5, -1.0), (0.5, float("inf")), (0.5, float("nan"))],
+)
 def test_terms_for_refuses(rho, tolerance):
-    with pytest.raises(ValueError, match="expected 0 < rho < 1 and tolerance > 0"):
+    with pytest.raises(ValueError, match="expected 0 < rho < 1 and a tolerance above 0"):
         terms_for(rho, tolerance)
 
 

@@ -461,7 +461,7 @@ def test_other_activation(tmp_path: Path, reference: State) -> None:
 @pytest.mark.parametrize(
     ("labels", "part"),
     [
-        (["a", "b"], "2 labels, 10 classes"), ({"0": "a", "2": "b"}, "0, 1"),
+        (["a", "b"], "2 labels, expected 10"), ({"0": "a", "2": "b"}, "0, 1"),
         ("abcdefghij", "list"), ([1] * 10, "list"),
     ],
 )  # fmt: skip
