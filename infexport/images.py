@@ -161,7 +161,7 @@ def read_image(path: Path | str) -> Pixels:
         raise _too_large(path, str(error), limit) from error
     except MemoryError as error:
         hint = "use a machine with more memory, or a smaller copy of the image"
-        raise InfexportError(f"not enough memory for image: {path}", str(error), hint) from error
+        raise InfexportError(f"not enough memory for image: {path}", "its pixels do not fit", hint) from error
     except UnidentifiedImageError as error:
         details = f"expected one of {', '.join(_FORMATS)}"
         hint = "convert it to PNG, JPEG or TIFF"
