@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from support import GOLDEN
@@ -118,7 +119,9 @@ def test_of_two_at_once_the_second_is_refused(bundle):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_killed_convert_leaves_nothing(number, code, tmp_path):
     command = [sys.executable, "-m", "infexport", *map(str, CONVERT), "-o", str(tmp_path / "b")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # started in the background, this process ignores SIGINT, and its children would too
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for line in process.stderr:
         if line.startswith("exporting"):
             break
