@@ -24,6 +24,7 @@ from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
 from infvit.errors import CheckpointError
+from infvit.fold import fold
 from infvit.network import InfViT
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,6 +49,7 @@ class ConvertOptions:
     neumann_terms: int | None = None
     neumann_tol: float | None = None
     input: str = "uint8"
+    fold: bool = True
     force: bool = False
 
 
@@ -95,7 +97,8 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
             text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
             (folder / LABELS).write_text(text + "\n", encoding="utf-8")
         status("exporting to ONNX")
-        model = ImageModel(network, preprocessing["mean"], preprocessing["std"], options.input)
+        exported = fold(network) if options.fold else network
+        model = ImageModel(exported, preprocessing["mean"], preprocessing["std"], options.input)
         _export(model, folder / MODEL)
         status("hashing")
         manifest = Manifest(
@@ -107,6 +110,7 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
             assumed=assumed,
             input=options.input,
             precision="fp32",
+            folded=options.fold,
             parameters=sum(p.numel() for p in network.parameters()),
             neumann=neumann,
             # not resolved: a link's own name is what its folder's listing shows

@@ -32,6 +32,7 @@ class Manifest:
         assumed: what neither the checkpoint nor the user said, and the value taken.
         input: `uint8` (RGB `image [B, H, W, 3]`) or `float32` (normalised `pixels [B, 3, H, W]`).
         precision: of the graph's weights.
+        folded: the graph has the exact rewrites of `infvit.fold`.
         parameters: number of weights.
         neumann: for `pure_infsa`: terms, and bounds of what they leave out where there are several.
         checkpoint: `path`, and `files`: name → SHA-256 of every file of weights.
@@ -47,6 +48,7 @@ class Manifest:
     assumed: dict[str, Any]
     input: str
     precision: str
+    folded: bool
     parameters: int
     neumann: dict[str, Any] | None
     checkpoint: dict[str, Any]

@@ -27,7 +27,7 @@ def summary_lines(bundle: Bundle) -> list[str]:
         f"model       {config['variant']}, {manifest.parameters:,} parameters, {config['depth']} layers, "
         f"embed_dim {config['embed_dim']}, {config['num_heads']} heads, {config['num_classes']} classes",
         f"images      trained at {size}x{size}, patch {patch}; any size that is a multiple of {patch}",
-        f"input       {_input(manifest)}, {manifest.precision}",
+        f"input       {_input(manifest)}, {manifest.precision}{', folded' if manifest.folded else ''}",
         f"checkpoint  {manifest.checkpoint['path']} (layout {manifest.layout})",
     ]
     if manifest.neumann and manifest.neumann["terms"] > 1:

@@ -64,7 +64,11 @@ class Attention(nn.Module):
             mixed = infsa_ops.neumann_kernel(q, k, v, self.rho, terms=self.neumann_terms)
         else:
             mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self.project_out(mixed.transpose(1, 2).flatten(2))
+
+    def project_out(self, mixed: Tensor) -> Tensor:
+        """Heads side by side, `[B, N, E]`, through the output projection and the second dense layer, if any."""
+        out: Tensor = self.out_proj(mixed)
         return out if self.dense is None else self.dense(out)
 
 

@@ -89,6 +89,27 @@ def test_neumann_terms_and_tolerance(infexport, tmp_path):
     assert neumann["a_priori_bound"] <= 0.01
 
 
+@pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
+def test_without_folding(name, infexport, golden_images, tmp_path):
+    """The same answers from a graph that computes every token to the end."""
+    import numpy as np
+    from support import relative_error
+
+    config = GOLDEN / f"{name}.json"
+    folder, io = golden_images(name)
+    for option in ("--fold", "--no-fold"):
+        bundle, output = tmp_path / option, tmp_path / f"{option}.npz"
+        infexport("convert", "checkpoint", GOLDEN / f"{name}.safetensors", "--config", config, option, "-o", bundle)
+        infexport("run-engine", bundle, folder, "-o", output)
+        assert relative_error(np.load(output)["logits"], io["logits_f64"]) <= 5e-6
+        assert json.loads((bundle / "infexport.json").read_text())["folded"] is (option == "--fold")
+        # what the final norm meets: the class token alone, or every token
+        graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+        final = [node.input[0] for node in graph.node if node.op_type == "LayerNormalization"][-1]
+        (tokens,) = (value.type.tensor_type.shape.dim[1] for value in graph.value_info if value.name == final)
+        assert (tokens.dim_value == 1) is (option == "--fold")
+
+
 def test_labels_from_lines(infexport, tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"class {i}\n" for i in range(10)))

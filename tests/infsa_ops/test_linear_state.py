@@ -158,11 +158,11 @@ def test_half_precision_states_are_refused(which, dtype):
 @pytest.mark.parametrize(
     ("name", "received", "message"),
     [
-        ("weights", (1, 2, 5), r"weights has shape \[1, 2, 5\], expected \[1, 2, 4\] to match values \[1, 2, 4, 3\]"),
+        ("weights", (1, 2, 5), r"values has shape \[1, 2, 4, 3\], expected \[1, G, 5, d\] with G a divisor of 2"),
         ("weights", (1, 2), r"weights has 2 dimensions, expected \[B, H, N\]"),
-        ("values", (2, 4, 3), r"values has 3 dimensions, expected \[B, H, N, d\]"),
-        ("mass", (1, 3), r"mass has shape \[1, 3\], expected \[1, 2\] to match values \[1, 2, 4, 3\]"),
-        ("moment", (1, 2, 9), r"moment has shape \[1, 2, 9\], expected \[1, 2, 3\] to match values \[1, 2, 4, 3\]"),
+        ("values", (2, 4, 3), r"values has 3 dimensions, expected \[B, G, N, d\]"),
+        ("mass", (1, 3), r"mass has shape \[1, 3\], expected \[1, 2\] to match weights and values"),
+        ("moment", (1, 2, 9), r"moment has shape \[1, 2, 9\], expected \[1, 2, 3\] to match weights and values"),
         ("moment", (1, 2), r"moment has shape \[1, 2\], expected \[1, 2, 3\]"),
     ],
 )
@@ -235,3 +235,38 @@ def test_a_state_of_two_dtypes_is_refused():
     mass, moment = torch.zeros(1, 1), torch.zeros(1, 1, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"moment is torch.float64, expected the dtype of mass, torch.float32"):
         infsa_ops.linear_state_update(weights, values, mass, moment)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_heads_may_share_values(groups):
+    """Grouped values are values repeated for the heads of each group; the ONNX body does the same."""
+    generator = torch.Generator().manual_seed(groups)
+    weights = torch.rand(2, 6, 50, generator=generator, dtype=torch.float64)
+    values = torch.randn(2, groups, 50, 4, generator=generator, dtype=torch.float64)
+    state = torch.randn(2, 6, generator=generator).double(), torch.randn(2, 6, 4, generator=generator).double()
+    repeated = values.repeat_interleave(6 // groups, dim=1)
+    for update in (infsa_ops.linear_state_update, reference.linear_state_update):
+        for got, expected in zip(update(weights, values, *state), update(weights, repeated, *state), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+    class Update(torch.nn.Module):
+        def forward(self, *arguments):
+            return infsa_ops.linear_state_update(*arguments)
+
+    arguments = tuple(tensor.float() for tensor in (weights, values, *state))
+    session = onnxruntime.InferenceSession(infexport.export(Update(), arguments).SerializeToString())
+    feeds = {i.name: a.numpy() for i, a in zip(session.get_inputs(), arguments, strict=True)}
+    for got, expected in zip(session.run(None, feeds), Update()(weights, values, *state), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got).double(), expected, rtol=1e-5, atol=1e-5)
+
+    inputs = [
+        tensor.clone().requires_grad_() for tensor in (weights[:1, :, :3], values[:1, :, :3], *(s[:1] for s in state))
+    ]
+    assert torch.autograd.gradcheck(infsa_ops.linear_state_update, inputs)
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused():
+    with pytest.raises(RuntimeError, match="G a divisor of 6"):
+        infsa_ops.linear_state_update(
+            torch.ones(1, 6, 3), torch.ones(1, 4, 3, 2), torch.zeros(1, 6), torch.zeros(1, 6, 2)
+        )

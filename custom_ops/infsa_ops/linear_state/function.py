@@ -22,7 +22,7 @@ SCHEMA = onnx.defs.OpSchema(
     doc="mass + sum(weights) and moment + sum(weights * values) over the tokens.",
     inputs=[
         onnx.defs.OpSchema.FormalParameter("weights", "T", "[B, H, N]"),
-        onnx.defs.OpSchema.FormalParameter("values", "T", "[B, H, N, d]"),
+        onnx.defs.OpSchema.FormalParameter("values", "T", "[B, G, N, d], G divides H"),
         onnx.defs.OpSchema.FormalParameter("mass", "tensor(float)", "[B, H]"),
         onnx.defs.OpSchema.FormalParameter("moment", "tensor(float)", "[B, H, d]"),
     ],
@@ -47,8 +47,11 @@ def body(attributes: Mapping[str, ir.Attr], opset: int) -> ir.Function:
         w = op.Cast(weights, to=ir.DataType.FLOAT)
         x = op.Cast(values, to=ir.DataType.FLOAT)
         mass_out = op.Add(mass, op.ReduceSum(w, [-1], keepdims=0))
-        row = op.MatMul(op.Unsqueeze(w, [-2]), x)
-        return [mass_out, op.Add(moment, op.Squeeze(row, [-2]))]
+        # [B, G, H/G, N] times [B, G, N, d]: the heads of a group are the rows of one product
+        batch, groups = op.Gather(op.Shape(w), [0]), op.Gather(op.Shape(x), [1])
+        rows = op.Reshape(w, op.Concat(batch, groups, [-1], op.Gather(op.Shape(w), [2]), axis=0))
+        added = op.Reshape(op.MatMul(rows, x), op.Shape(moment))
+        return [mass_out, op.Add(moment, added)]
 
     inputs = [ir.Value(name=name) for name in ("weights", "values", "mass", "moment")]
     return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})

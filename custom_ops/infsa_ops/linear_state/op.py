@@ -10,17 +10,21 @@ from torch import Tensor
 
 def _check(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> None:
     torch._check(weights.dim() == 3, lambda: f"weights has {weights.dim()} dimensions, expected [B, H, N]")
-    torch._check(values.dim() == 4, lambda: f"values has {values.dim()} dimensions, expected [B, H, N, d]")
-    batch, heads, tokens, width = values.shape
-    for name, tensor, shape in (
-        ("weights", weights, (batch, heads, tokens)),
-        ("mass", mass, (batch, heads)),
-        ("moment", moment, (batch, heads, width)),
-    ):
+    torch._check(values.dim() == 4, lambda: f"values has {values.dim()} dimensions, expected [B, G, N, d]")
+    batch, heads, tokens = weights.shape
+    groups, width = values.shape[1], values.shape[3]
+    torch._check(
+        values.shape[0] == batch and values.shape[2] == tokens and heads % groups == 0,
+        lambda: (
+            f"values has shape {list(values.shape)}, expected [{batch}, G, {tokens}, d] with G a divisor of {heads}, "
+            f"to match weights {list(weights.shape)}"
+        ),
+    )
+    for name, tensor, shape in (("mass", mass, (batch, heads)), ("moment", moment, (batch, heads, width))):
         torch._check(
             len(tensor.shape) == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
             lambda name=name, tensor=tensor, shape=shape: (
-                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} to match values {list(values.shape)}"
+                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} to match weights and values"
             ),
         )
     for name, state in (("mass", mass), ("moment", moment)):
@@ -42,7 +46,7 @@ def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: T
 
     Args:
         weights: w, `[B, H, N]`, any floating dtype.
-        values: x, `[B, H, N, d]`, any floating dtype.
+        values: x, `[B, G, N, d]`, any floating dtype; G divides H, and H/G heads in a row share the values of a group.
         mass: `[B, H]`, float32 or float64 (in half precision the sums overflow).
         moment: `[B, H, d]`, dtype of `mass`.
 
@@ -55,8 +59,12 @@ def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: T
     _check(weights, values, mass, moment)
     w = weights.to(mass.dtype)
     x = values.to(moment.dtype)
-    # a sum and not a product of matrices, which adds one token after the other: 1e-5 off at 332k tokens
-    return mass + w.sum(-1), moment + (w[..., None] * x).sum(-2)
+    groups = x.shape[1]
+    if groups == w.shape[1]:
+        # a sum and not a product with one row, which adds one token after the other: 1e-5 off at 332k tokens
+        return mass + w.sum(-1), moment + (w[..., None] * x).sum(-2)
+    shared = torch.matmul(w.unflatten(1, (groups, -1)), x)
+    return mass + w.sum(-1), moment + shared.flatten(1, 2)
 
 
 @linear_state_update.register_fake
@@ -72,9 +80,12 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
 
 def _backward(ctx: Any, grad_mass: Tensor, grad_moment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights, values = ctx.saved_tensors
-    from_moment = torch.matmul(values.to(grad_moment.dtype), grad_moment[..., None])[..., 0]
+    groups = values.shape[1]
+    by_group = grad_moment.unflatten(1, (groups, -1))
+    from_moment = torch.matmul(by_group, values.to(grad_moment.dtype).transpose(-1, -2)).flatten(1, 2)
     grad_weights = grad_mass[..., None] + from_moment
-    grad_values = weights.to(grad_moment.dtype)[..., None] * grad_moment[..., None, :]
+    w = weights.to(grad_moment.dtype).unflatten(1, (groups, -1))
+    grad_values = torch.matmul(w.transpose(-1, -2), by_group)
     return grad_weights.to(weights.dtype), grad_values.to(values.dtype), grad_mass, grad_moment
 
 
