@@ -10,7 +10,7 @@ import click
 from infexport.cli.output import Output
 
 
-@click.command("build-engine")
+@click.command("build-engine", short_help="Build a TensorRT engine from BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(["a100"]), required=True, help="GPU to build for.")
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the engine.")

@@ -73,7 +73,9 @@ def convert() -> None:
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
 @click.option("--input", type=click.Choice(["uint8", "float32"]), default="uint8", show_default=True,
               help="RGB image [B,H,W,3], or normalised pixels [B,3,H,W].")  # fmt: skip
-@click.option("--fold/--no-fold", default=True, show_default=True, help="Rewrite exactly, for less to compute.")
+@click.option(
+    "--fold/--no-fold", default=True, show_default=True, help="Rewrite the model exactly, for less to compute."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def checkpoint(checkpoint: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Convert CHECKPOINT (.pth, .pt, .safetensors or a Hugging Face folder) to ONNX.

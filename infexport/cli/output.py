@@ -63,7 +63,10 @@ def _is_number(cell: str) -> bool:
 
 
 class ErrorGroup(click.Group):
-    """Turns what a user can act on into a message and exit code 2, never a traceback."""
+    """Turns what a user can act on into a message and exit code 2, never a traceback; lists commands as added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -23,11 +23,11 @@ class Size(click.ParamType[str | int]):
         self.fail(f"{value!r} is neither trained, native nor a number of pixels", param, ctx)
 
 
-@click.command("run-engine")
+@click.command("run-engine", short_help="Label images with BUNDLE in ONNX Runtime.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a .json, .csv or .npz file.")
-@click.option("--size", type=Size(), default="trained", show_default=True,
+@click.option("--size", type=Size(), metavar="trained|native|N", default="trained", show_default=True,
               help="The recorded evaluation transform, the image as it is, or that transform at N pixels.")  # fmt: skip
 @click.option("--edge", type=click.Choice(["pad", "crop"]), default="pad", show_default=True,
               help="Complete the last patch by replicating the edge, or cut it off.")  # fmt: skip

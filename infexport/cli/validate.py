@@ -34,13 +34,15 @@ class Sizes(click.ParamType[list[tuple[int, int]]]):
 
 @click.group()
 def validate() -> None:
-    """Judge a bundle."""
+    """Judge a bundle: does it compute what PyTorch does?"""
 
 
 @validate.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Judge by this one.  [default: the recorded one]")
-@click.option("--sizes", type=Sizes(), help="Sizes of synthetic images.  [default: trained, smaller, twice]")
+@click.option(
+    "--sizes", type=Sizes(), metavar="N|HxW,…", help="Sizes of synthetic images.  [default: trained, smaller, twice]"
+)
 @click.option("--images", type=click.Path(path_type=Path), help="An image or a folder, at native resolution.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
 @click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the verdict says so.")
