@@ -116,6 +116,7 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
             # not resolved: a link's own name is what its folder's listing shows
             checkpoint={"path": str(path.absolute()), "files": {f.name: sha256(f) for f in checkpoint.files}},
             versions=_versions(),
+            files={},  # seal fills it in
         )
         seal(folder, manifest)
     return open_bundle(output)

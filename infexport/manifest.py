@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Manifest:
     neumann: dict[str, Any] | None
     checkpoint: dict[str, Any]
     versions: dict[str, str]
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str]
     format: int = FORMAT
 
     @property
@@ -94,7 +94,10 @@ def read_manifest(file: Path) -> Manifest:
             "upgrade infexport, or convert the checkpoint with this version",
         )
     known = {f.name for f in dataclasses.fields(Manifest)}
-    wrong = sorted(known ^ values.keys()) or [name for name, good in _CHECKS.items() if not good(values[name])]
+    # a field with a default came later than format 1 did: a bundle without it is an older one
+    needed = {f.name for f in dataclasses.fields(Manifest) if f.default is dataclasses.MISSING}
+    wrong = sorted((needed - values.keys()) | (values.keys() - known))
+    wrong = wrong or [name for name, good in _CHECKS.items() if name in values and not good(values[name])]
     if wrong:
         raise InfexportError(
             f"the manifest is not as infexport wrote it: {file}",
