@@ -1,19 +1,13 @@
-"""Pixels in: find image files, read them as a person would see them, fit them to whole patches.
-
-Images are uint8 RGB arrays [H, W, 3] throughout; normalisation belongs to the graph.
-"""
+"""Pixels in: find image files and read them as a person would see them, uint8 RGB arrays [H, W, 3]."""
 
 import logging
-import math
 import os
 import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +20,6 @@ log = logging.getLogger("infexport")
 MAX_PIXELS = 2**30  # height x width accepted from a header; the environment variable below overrides it
 MAX_PIXELS_VARIABLE = "INFEXPORT_MAX_PIXELS"
 
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-ResizeMode = Literal["shortest", "exact"]
-Edge = Literal["pad", "crop"]
 Pixels = NDArray[np.uint8]
 
 # Decoders that know their own files and stay inside this process (the EPS reader starts Ghostscript).
@@ -52,53 +43,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_ORIENTATION, _TIFF_BITS, _TIFF_PHOTOMETRIC = 0x0112, 258, 262
-
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """The evaluation transform a network was trained with: resize, then centre crop to crop_size².
-
-    "shortest" resizes the shorter side to resize_size and keeps the aspect; "exact" resizes to resize_size².
-    """
-
-    resize_mode: ResizeMode
-    resize_size: int
-    crop_size: int
-    interpolation: Interpolation
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("resize_mode", ResizeMode), ("interpolation", Interpolation)):
-            if getattr(self, name) not in get_args(allowed):
-                raise _bad_transform(f"{name} {getattr(self, name)!r}", f"one of {get_args(allowed)}")
-        for name in ("resize_size", "crop_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise _bad_transform(f"{name} {value!r}", "a whole number, at least 1")
-
-    def at(self, size: int) -> "EvalTransform":
-        """The same transform at another side: crop_size = size, resize_size scaled in proportion."""
-        resize = round(self.resize_size * size / self.crop_size)
-        return replace(self, crop_size=size, resize_size=max(1, resize))
-
-    def to_dict(self) -> dict[str, str | int]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "EvalTransform":
-        """Raises InfexportError on a missing or unexpected key and on a value out of range."""
-        expected = {field.name for field in fields(cls)}
-        if set(data) != expected:
-            missing, extra = sorted(expected - set(data)), sorted(set(data) - expected)
-            raise _bad_transform(f"missing {missing}, unexpected {extra}", f"the keys {sorted(expected)}")
-        return cls(**data)
-
-
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """An image whose sides are multiples of the patch."""
-
-    pixels: Pixels  # uint8 [H', W', 3]
-    padded_share: float  # replicated pixels / all pixels, in [0, 1)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -139,9 +83,11 @@ def read_image(path: Path | str) -> Pixels:
 
     Of several frames the first is read, and the log says so. Colour profiles are applied to CMYK only:
     for RGB, training pipelines ignore them. Sets Pillow's own pixel limit to ours.
-    Raises InfexportError, and nothing else, for whatever cannot be read or has no 8-bit equivalent.
+
+    Raises:
+        InfexportError: and nothing else, for whatever cannot be read or has no 8-bit equivalent.
     """
-    limit = _pixel_limit()
+    limit = pixel_limit()
     if limit != Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = limit
         # Pillow warns above the limit and refuses above twice that; we refuse above it, once and with a hint.
@@ -149,7 +95,7 @@ def read_image(path: Path | str) -> Pixels:
     try:
         with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > limit:
-                raise _too_large(path, f"{image.height}x{image.width}", limit)
+                raise too_large(path, f"{image.height}x{image.width}", limit)
             # In an MPO what follows the photograph are its previews.
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 log.warning("%s has more than one frame; the first is used", path)
@@ -158,7 +104,7 @@ def read_image(path: Path | str) -> Pixels:
             method = _UPRIGHT.get(_orientation(image, path))  # after load: Pillow turns TIFF upright itself
             return np.array(rgb if method is None else rgb.transpose(method))
     except _TOO_LARGE as error:
-        raise _too_large(path, str(error), limit) from error
+        raise too_large(path, str(error), limit) from error
     except MemoryError as error:
         hint = "use a machine with more memory, or a smaller copy of the image"
         raise InfexportError(f"not enough memory for image: {path}", "its pixels do not fit", hint) from error
@@ -172,81 +118,6 @@ def read_image(path: Path | str) -> Pixels:
             raise InfexportError(f"cannot open image: {path}", error.strerror or str(error), hint) from error
         details, hint = f"{type(error).__name__}: {error}", "fetch or save the file again"
         raise InfexportError(f"damaged or truncated image: {path}", details, hint) from error
-
-
-def fit(
-    image: Pixels,
-    patch_size: int,
-    size: Literal["trained", "native"] | int,
-    transform: EvalTransform,
-    edge: Edge,
-) -> Fitted:
-    """Bring an image uint8 [H, W, 3] to sides that are multiples of patch_size.
-
-    "native" keeps its resolution, "trained" applies the transform, a number applies transform.at(number).
-    A side that is not whole patches is completed by replicating its last row or column (edge "pad", bottom
-    and right), or cut down ("crop"). With nothing to do, the pixels are the caller's own array.
-    Raises InfexportError if cutting leaves nothing, and for an array or a size it cannot take.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        details = f"received {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3], not empty"
-        raise InfexportError("not an RGB image array", details, "read files with read_image")
-    height, width = image.shape[:2]
-    if size != "native":
-        transform = transform if size == "trained" else transform.at(size)
-        height = width = transform.crop_size
-        if height * width > _pixel_limit():
-            raise _too_large("the resized image", f"{height}x{width}", _pixel_limit())
-        image = _resize_and_crop(image, transform)
-    patches = [(side + patch_size - 1 if edge == "pad" else side) // patch_size for side in (height, width)]
-    if 0 in patches:
-        details = f"received {height}x{width}; cropping needs at least {patch_size}x{patch_size}"
-        raise InfexportError("image smaller than one patch", details, "use edge padding")
-    return _complete(image, patches[0] * patch_size, patches[1] * patch_size)
-
-
-def _complete(image: Pixels, height: int, width: int) -> Fitted:
-    """Cut bottom and right, or replicate the last row and column, to exactly height x width."""
-    image = np.ascontiguousarray(image[:height, :width])
-    rows, columns = height - image.shape[0], width - image.shape[1]
-    padded = height * width - image.shape[0] * image.shape[1]
-    if padded:
-        image = np.pad(image, ((0, rows), (0, columns), (0, 0)), mode="edge")
-    return Fitted(image, padded / (height * width))
-
-
-def _resize_and_crop(image: Pixels, transform: EvalTransform) -> Pixels:
-    """torchvision's Resize and CenterCrop. A side that resizes to less than the crop stays shorter."""
-    height, width = image.shape[:2]
-    resize, crop = transform.resize_size, transform.crop_size
-    if transform.resize_mode == "exact":
-        new_h = new_w = resize
-    else:
-        long = int(resize * max(height, width) / min(height, width))
-        new_h, new_w = (resize, long) if height <= width else (long, resize)
-    kept_h, kept_w = min(new_h, crop), min(new_w, crop)
-    top, left = round((new_h - kept_h) / 2), round((new_w - kept_w) / 2)
-    resample = Image.Resampling[transform.interpolation.upper()]
-    if new_h * new_w <= 4 * resize * resize:
-        resized = Image.fromarray(image).resize((new_w, new_h), resample)
-        return np.array(resized)[top : top + kept_h, left : left + kept_w]
-    # A long strip: resized whole it may not fit in memory (1x5000 becomes 224x1120000), so only the part
-    # the crop needs is. Always columns first: Pillow's own order of the two passes, which shows where the
-    # first one clips, depends on the sizes and on its version.
-    rows, from_y, to_y = _needed(height, new_h, top, kept_h)
-    columns, from_x, to_x = _needed(width, new_w, left, kept_w)
-    part = Image.fromarray(np.ascontiguousarray(image[rows, columns]))
-    part = part.resize((kept_w, part.height), resample, box=(from_x, 0, to_x, part.height))
-    return np.array(part.resize((kept_w, kept_h), resample, box=(0, from_y, kept_w, to_y)))
-
-
-def _needed(length: int, new_length: int, start: int, kept: int) -> tuple[slice, float, float]:
-    """What decides [start, start + kept) of a side resized to new_length: source pixels, a box in them."""
-    scale = length / new_length
-    first, last = start * scale, (start + kept) * scale
-    reach = 4 * max(scale, 1)  # Lanczos, the widest filter, sees 3 source pixels, or 3 output pixels' worth
-    low, high = max(0, math.floor(first - reach)), min(length, math.ceil(last + reach))
-    return slice(low, high), first - low, last - low
 
 
 def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
@@ -292,7 +163,12 @@ def _orientation(image: Image.Image, path: Path | str) -> int:
         return 1
 
 
-def _pixel_limit() -> int:
+def pixel_limit() -> int:
+    """The most pixels an image may have.
+
+    Raises:
+        InfexportError: the environment variable that sets it is no number.
+    """
     text = os.environ.get(MAX_PIXELS_VARIABLE)
     if text is None:
         return MAX_PIXELS
@@ -302,7 +178,8 @@ def _pixel_limit() -> int:
     return int(text)
 
 
-def _too_large(what: Path | str, received: str, limit: int) -> InfexportError:
+def too_large(what: Path | str, received: str, limit: int) -> InfexportError:
+    """The error for an image beyond the limit."""
     details = f"received {received}; expected at most {limit} pixels"
     hint = f"set {MAX_PIXELS_VARIABLE} higher if you trust it and have the memory"
     return InfexportError(f"too many pixels: {what}", details, hint)
@@ -312,9 +189,3 @@ def _no_8_bit(path: Path | str, received: str) -> InfexportError:
     details = f"received {received}; expected 8-bit or 16-bit integers"
     hint = "scale the image to 8 or 16 bits and save it again"
     return InfexportError(f"pixel values without a known range: {path}", details, hint)
-
-
-def _bad_transform(received: str, expected: str) -> InfexportError:
-    details = f"received {received}; expected {expected}"
-    hint = "see preprocessing in the bundle's infexport.json"
-    return InfexportError("evaluation transform not understood", details, hint)

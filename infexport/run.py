@@ -12,10 +12,10 @@ import numpy as np
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.images import Fitted, fit, read_image
+from infexport.images import read_image
 from infexport.predictions import Failure, Prediction
-from infexport.preprocessing import transform_of
 from infexport.runners import Runner
+from infexport.transform import Fitted, fit, transform_of
 
 
 def run(

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from infexport.bundle import Bundle, sha256
 from infexport.errors import InfexportError
-from infexport.images import fit, read_image
+from infexport.images import read_image
 from infexport.parity import Comparison, Tolerance, compare, tolerance_for
-from infexport.preprocessing import transform_of
 from infexport.runners import Runner
 from infexport.runners.ort import OrtRunner
 from infexport.runners.torch import TorchRunner
+from infexport.transform import fit, transform_of
 from infvit.checkpoint import Checkpoint, load_checkpoint
 from infvit.errors import CheckpointError
 

@@ -16,7 +16,8 @@ from PIL import Image, ImageCms
 
 from infexport import images
 from infexport.errors import InfexportError
-from infexport.images import EvalTransform, find_images, fit, read_image
+from infexport.images import find_images, read_image
+from infexport.transform import EvalTransform, fit
 
 TRANSFORM = EvalTransform("shortest", 256, 224, "bicubic")
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
