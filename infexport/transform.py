@@ -1,7 +1,7 @@
 """The evaluation transform, and images brought to whole patches."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -41,9 +41,6 @@ class EvalTransform:
         """The same transform at another side: crop_size = size, resize_size scaled in proportion."""
         resize = round(self.resize_size * size / self.crop_size)
         return replace(self, crop_size=size, resize_size=max(1, resize))
-
-    def to_dict(self) -> dict[str, str | int]:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EvalTransform":

@@ -4,6 +4,7 @@ import io
 import logging
 import struct
 import zlib
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -425,7 +426,7 @@ class TestFindImages:
 
 class TestEvalTransform:
     def test_round_trip(self):
-        data = TRANSFORM.to_dict()
+        data = asdict(TRANSFORM)
         assert data == {
             "resize_mode": "shortest",
             "resize_size": 256,
@@ -452,11 +453,11 @@ class TestEvalTransform:
     )
     def test_what_is_not_understood_is_refused(self, change, word):
         with pytest.raises(InfexportError, match="transform") as caught:
-            EvalTransform.from_dict(TRANSFORM.to_dict() | change)
+            EvalTransform.from_dict(asdict(TRANSFORM) | change)
         assert word in caught.value.details
 
     def test_missing_key(self):
-        data = TRANSFORM.to_dict()
+        data = asdict(TRANSFORM)
         del data["crop_size"]
         with pytest.raises(InfexportError) as caught:
             EvalTransform.from_dict(data)

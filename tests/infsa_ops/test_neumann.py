@@ -14,7 +14,7 @@ from torch import Tensor
 
 import infsa_ops
 from infsa_ops.neumann_kernel import reference
-from infsa_ops.neumann_kernel.bounds import a_posteriori_bound, a_priori_bound, terms_for
+from infsa_ops.neumann_kernel.bounds import a_posteriori_bound, a_priori_bound, series_term, terms_for
 from infsa_ops.neumann_kernel.op import TILE
 
 ROUNDING = 1e-13
@@ -89,6 +89,17 @@ def test_bounds_are_attained_by_one_token(random_tokens):
     rest = norm(reference.neumann_limit(q, k, v, 0.8) - infsa_ops.neumann_kernel(q, k, v, 0.8, terms=3))
     torch.testing.assert_close(rest, a_posteriori_bound(0.8, last_term(q, k, v, 0.8, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(rest, a_priori_bound(0.8, 3) * norm(v), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("terms", [1, 3, 41, 327])
+def test_the_last_term_does_not_cancel(terms, random_tokens):
+    """As a difference of two series in float32 it is exactly 0 from some 40 terms on."""
+    q, k, v = random_tokens(1, 2, 30, 4, torch.float32)
+    scores = reference.neumann_scores(q.double(), k.double(), 0.95)
+    expected = torch.linalg.matrix_power(scores, terms) @ v.double()
+    term = series_term(q, k, v, 0.95, terms)
+    assert term.norm() > 0
+    torch.testing.assert_close(term, expected, rtol=1e-9, atol=0)
 
 
 def test_a_posteriori_bound_takes_rho_per_head(random_tokens):
