@@ -39,10 +39,13 @@ def build_engine(
     """
     from infexport.bundle import open_bundle
     from infexport.engine import build_engine, default_profile
+    from infexport.summary import warnings_of
 
     out = Output(as_json)
     opened = open_bundle(bundle)
     profile = default_profile(opened, max_size, max_batch)
+    for line in warnings_of(opened.manifest):
+        out.warning(line)
     out.status(f"building for {target} with tensorrt-rtx")
     started = time.perf_counter()
     engine, sidecar = build_engine(opened, target, profile)

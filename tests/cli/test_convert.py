@@ -48,6 +48,7 @@ def test_warns_of_a_softmax_checkpoint(infexport, tmp_path):
     assert "not fine-tuned" in result.stderr
     assert json.loads((bundle / "infexport.json").read_text())["finetuned"] is False
     assert "not fine-tuned" in infexport("inspect", bundle).stderr
+    assert "not fine-tuned" in infexport("build-engine", bundle, "--target", "a100").stderr
     assert "not fine-tuned" in infexport("validate", "parity", bundle, "--sizes", "32").stderr
 
 
