@@ -10,7 +10,9 @@ from infexport.cli import cli
 def main() -> None:
     """Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 3 a bug in infexport."""
     # so that what is half-written is cleaned up
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         cli(prog_name="infexport")
     except Exception:

@@ -145,8 +145,15 @@ def _check_free(path: Path, force: bool) -> None:
         )
     if not force:
         raise InfexportError(f"the output exists: {path}", hint="choose another --output, or replace it with --force")
-    own = {FILE, ENGINES, *read_manifest(path / FILE).files}
+    try:
+        own = {FILE, ENGINES, *read_manifest(path / FILE).files}
+    except InfexportError as error:
+        hint = "choose another --output, or delete the folder yourself"
+        raise InfexportError(f"the output holds a bundle that cannot be read: {path}", error.details, hint) from error
     foreign = sorted(item.name for item in path.iterdir() if item.name not in own)
+    foreign += sorted(
+        item.name for item in path.glob(f"{ENGINES}/*") if not item.name.endswith((".engine", ".engine.json"))
+    )
     if foreign:
         raise InfexportError(
             f"the output holds files that are not the bundle's: {path}",

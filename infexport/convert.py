@@ -29,6 +29,8 @@ from infvit.network import InfViT
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_TERMS = 1000
+"""Of the Neumann series: each is a sweep over all pairs of tokens, and unrolled in the graph."""
 MAX_GRID = 8192
 """Patches along a side: 131,072 pixels at patch 16."""
 
@@ -135,6 +137,13 @@ def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | Non
     terms = network.config.neumann_terms
     if options.neumann_tol is not None:
         terms = _terms_for(network.largest_rho(), options.neumann_tol)
+    if terms > MAX_TERMS or (terms > 1 and network.largest_rho() == 1):
+        raise InfexportError(
+            "the Neumann series has too many terms",
+            f"received {terms} terms and a discount of {network.largest_rho():.6g}, "
+            f"expected at most {MAX_TERMS} terms and a discount below 1",
+            "give fewer --neumann-terms or a larger --neumann-tol",
+        )
     network.set_neumann_terms(terms)
     if terms == 1:
         return {"terms": 1}  # what the reference package computes and trains with: nothing is truncated

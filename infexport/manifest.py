@@ -109,7 +109,7 @@ def read_manifest(file: Path) -> Manifest:
 
 def write_manifest(file: Path, manifest: Manifest) -> None:
     text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def _texts(value: Any) -> bool:

@@ -147,7 +147,7 @@ class Results:
 
 
 def _write_json(file: BinaryIO, results: Results) -> None:
-    file.write((json.dumps(results.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+    file.write((json.dumps(results.to_dict(), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
 def _write_csv(file: BinaryIO, results: Results) -> None:

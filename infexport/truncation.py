@@ -26,7 +26,7 @@ def measure_truncation(network: InfViT) -> dict[str, Any]:
         assert attention.rho_logit is not None
         rho = torch.sigmoid(attention.rho_logit.double())
         bound = bounds.a_posteriori_bound(rho, bounds.series_term(q, k, v, rho, terms))
-        measured.append(float((bound / torch.linalg.vector_norm(v.double(), dim=(-2, -1))).max()))
+        measured.append(float((bound / torch.linalg.vector_norm(v.double(), dim=(-2, -1)).clamp_min(1e-300)).max()))
 
     handles = [attention.register_forward_pre_hook(hook) for attention in network.attentions]
     size = network.config.image_size

@@ -100,6 +100,17 @@ def test_force_refuses_to_lose_what_is_not_the_bundle_s(bundle, infexport):
     assert open_bundle(bundle).verified
 
 
+def test_force_keeps_what_lies_among_the_engines(bundle, infexport):
+    (bundle / "engines").mkdir()
+    (bundle / "engines" / "notes.txt").write_text("mine")
+    assert "notes.txt" in infexport(*CONVERT, "-o", bundle, "--force", exit_code=2).stderr
+
+
+def test_force_says_what_to_do_with_a_broken_bundle(bundle, infexport):
+    (bundle / "infexport.json").write_text("{")
+    assert "delete the folder" in infexport(*CONVERT, "-o", bundle, "--force", exit_code=2).stderr
+
+
 def test_of_two_at_once_the_second_is_refused(bundle):
     """Whichever finishes later finds the other's bundle and leaves it."""
     path = bundle.parent / "made"
@@ -116,11 +127,11 @@ def test_of_two_at_once_the_second_is_refused(bundle):
     assert sorted(item.name for item in bundle.parent.iterdir()) == ["b", "made"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_killed_convert_leaves_nothing(number, code, tmp_path):
     command = [sys.executable, "-m", "infexport", *map(str, CONVERT), "-o", str(tmp_path / "b")]
-    # started in the background, this process ignores SIGINT, and its children would too
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # started in the background, this process ignores some signals, and its children would too
+    heed = partial(signal.signal, number, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for line in process.stderr:
         if line.startswith("exporting"):

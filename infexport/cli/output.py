@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ class Output:
     def document(self, value: Any) -> None:
         """For machines; silent when people read."""
         if self.as_json:
-            click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+            text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+            click.echo(text.encode("utf-8", "replace").decode())  # a file name may be no UTF-8
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Columns as wide as they must be, numbers to the right."""
@@ -56,6 +58,15 @@ class Output:
         """A bar on stderr with an `update(n)`; click hides it where stderr is no terminal."""
         with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
             yield bar
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_number(cell: str) -> bool:

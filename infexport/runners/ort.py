@@ -40,8 +40,14 @@ class OrtRunner:
 
     def __enter__(self) -> Self:
         available = import_onnxruntime().get_available_providers()
-        for provider in candidates(self.provider, available):
-            self._session = self._start(provider)
+        choices = candidates(self.provider, available)
+        for provider in choices:
+            try:
+                self._session = self._start(provider)
+            except InfexportError:
+                if provider == choices[-1]:
+                    raise
+                continue
             if self._session.get_providers()[:1] == [PROVIDERS[provider]]:
                 self.provider = provider
                 return self
@@ -61,7 +67,10 @@ class OrtRunner:
             options.intra_op_num_threads = self.threads
         try:
             return onnxruntime.InferenceSession(
-                self.bundle.model, sess_options=options, providers=[PROVIDERS[provider]]
+                self.bundle.model,
+                sess_options=options,
+                providers=[PROVIDERS[provider]],
+                enable_fallback=0,  # its own fallback prints to stdout and may come in the middle of a run
             )
         except Exception as error:  # ONNX Runtime raises its own kinds, which share no base but Exception
             raise InfexportError(

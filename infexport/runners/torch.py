@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from infexport.errors import InfexportError
 from infexport.image_model import ImageModel
 from infvit.checkpoint import Checkpoint, build_network
 
@@ -47,6 +48,14 @@ class TorchRunner:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         assert self._model is not None, "enter the runner before running it"
-        with torch.inference_mode():
-            logits, features = self._model(torch.from_numpy(images))
+        try:
+            with torch.inference_mode():
+                logits, features = self._model(torch.from_numpy(images))
+        except RuntimeError as error:
+            if "alloc" not in str(error):
+                raise
+            shape = "x".join(map(str, images.shape[1:3]))
+            raise InfexportError(
+                f"not enough memory for PyTorch at {shape}", str(error).splitlines()[0], "give smaller --sizes"
+            ) from error
         return {"logits": logits.numpy(), "features": features.numpy()}

@@ -48,9 +48,11 @@ def body(attributes: Mapping[str, ir.Attr], opset: int) -> ir.Function:
         x = op.Cast(values, to=ir.DataType.FLOAT)
         mass_out = op.Add(mass, op.ReduceSum(w, [-1], keepdims=0))
         # [B, G, H/G, N] times [B, G, N, d]: the heads of a group are the rows of one product
-        batch, groups = op.Gather(op.Shape(w), [0]), op.Gather(op.Shape(x), [1])
-        rows = op.Reshape(w, op.Concat(batch, groups, [-1], op.Gather(op.Shape(w), [2]), axis=0))
-        added = op.Reshape(op.MatMul(rows, x), op.Shape(moment))
+        shape, groups = op.Shape(w), op.Gather(op.Shape(x), [1])
+        heads = op.Div(op.Gather(shape, [1]), groups)
+        split = op.Concat(op.Gather(shape, [0]), groups, heads, op.Gather(shape, [2]), axis=0)
+        rows = op.Reshape(w, split, allowzero=1)  # a chunk may have no tokens
+        added = op.Reshape(op.MatMul(rows, x), op.Shape(moment), allowzero=1)
         return [mass_out, op.Add(moment, added)]
 
     inputs = [ir.Value(name=name) for name in ("weights", "values", "mass", "moment")]
