@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class Bundle:
         labels: list[str] = json.loads((self.path / LABELS).read_text(encoding="utf-8"))
         return labels
 
+    @cached_property
     def engines(self) -> list[dict[str, Any]]:
-        """The sidecar of every engine, with `file` and `state` added.
+        """The sidecar of every engine, with `file` and `state` added; hashed once for an opened bundle.
 
         `state` is `current` where the engine is what its sidecar says, built from this very graph; `stale` where the
         graph is another; `modified` or `missing` where the engine is; `unreadable` where the sidecar is.
@@ -81,7 +83,7 @@ class Bundle:
     def to_dict(self) -> dict[str, Any]:
         """For machines: the manifest, where it lies, what changed, and its engines."""
         state = {"bundle": str(self.path), "verified": self.verified, "changed": list(self.changed)}
-        return state | {"engines": self.engines()} | dataclasses.asdict(self.manifest)
+        return state | {"engines": self.engines} | dataclasses.asdict(self.manifest)
 
 
 def open_bundle(path: Path, verify: bool = True) -> Bundle:

@@ -36,7 +36,7 @@ def summary_lines(bundle: Bundle) -> list[str]:
             f"neumann     {neumann['terms']} terms; the rest is at most {neumann['a_priori_bound']:.1e} of the values "
             f"for any image (a priori), {neumann['a_posteriori_bound']:.1e} on noise (a posteriori)"
         )
-    for engine in bundle.engines():
+    for engine in bundle.engines:
         state = "" if engine["state"] == "current" else f", {engine['state'].upper()}"
         lines.append(f"engine      {engine['file']}: {engine.get('backend')} {engine.get('backend_version')}{state}")
     return lines
@@ -52,7 +52,7 @@ def manifest_lines(bundle: Bundle) -> list[str]:
     for name, digest in manifest.checkpoint["files"].items():
         lines.append(f"sha256      {digest}  {name} (checkpoint)")
     lines.extend(f"sha256      {digest}  {name}" for name, digest in manifest.files.items())
-    lines.extend(f"sha256      {engine.get('sha256')}  engines/{engine['file']}" for engine in bundle.engines())
+    lines.extend(f"sha256      {engine.get('sha256')}  engines/{engine['file']}" for engine in bundle.engines)
     return lines
 
 

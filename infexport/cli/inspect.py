@@ -27,5 +27,5 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for line in [*summary_lines(opened), *manifest_lines(opened)]:
         out.data(line)
     out.document(opened.to_dict())
-    whole = opened.verified and all(engine["state"] in ("current", "stale") for engine in opened.engines())
+    whole = opened.verified and all(engine["state"] in ("current", "stale") for engine in opened.engines)
     raise click.exceptions.Exit(0 if whole else 1)
