@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from infexport.bundle import Bundle, create_bundle, open_bundle, seal, sha256
 from infexport.errors import InfexportError
 from infexport.graph import export_model
 from infexport.image_model import ImageModel
+from infexport.images import read_image
 from infexport.manifest import LABELS, MODEL, Manifest
+from infexport.precision import to_fp16, to_int8
+from infexport.transform import fit, normalise, transform_of
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
@@ -51,6 +54,8 @@ class ConvertOptions:
     neumann_terms: int | None = None
     neumann_tol: float | None = None
     input: str = "uint8"
+    precision: str = "fp32"
+    calibrate: tuple[Path, ...] = ()
     fold: bool = True
     force: bool = False
 
@@ -77,7 +82,13 @@ def read_checkpoint(path: Path, options: ConvertOptions) -> Checkpoint:
         raise InfexportError(error.summary, error.details, error.hint) from error
 
 
-def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[[str], None]) -> Bundle:
+def convert(
+    path: Path,
+    output: Path,
+    options: ConvertOptions,
+    status: Callable[[str], None],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Bundle:
     """Convert a checkpoint to a bundle.
 
     Args:
@@ -85,6 +96,7 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
         output: the bundle to make; it appears when it is whole.
         options: what the checkpoint does not say.
         status: told of every step.
+        progress: told of every calibration image that is done, with 1.
 
     Raises:
         InfexportError: bad input, or an output that cannot be written.
@@ -98,9 +110,8 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
         if checkpoint.labels is not None:
             text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
             (folder / LABELS).write_text(text + "\n", encoding="utf-8")
+        model = _image_model(network, preprocessing, options, progress)
         status("exporting to ONNX")
-        exported = fold(network) if options.fold else network
-        model = ImageModel(exported, preprocessing["mean"], preprocessing["std"], options.input)
         _export(model, folder / MODEL)
         status("hashing")
         manifest = Manifest(
@@ -111,7 +122,7 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
             preprocessing=preprocessing,
             assumed=assumed,
             input=options.input,
-            precision="fp32",
+            precision=options.precision,
             folded=options.fold,
             parameters=sum(p.numel() for p in network.parameters()),
             neumann=neumann,
@@ -119,9 +130,36 @@ def convert(path: Path, output: Path, options: ConvertOptions, status: Callable[
             checkpoint={"path": str(path.absolute()), "files": {f.name: sha256(f) for f in checkpoint.files}},
             versions=_versions(),
             files={},  # seal fills it in
+            calibration={"images": len(options.calibrate)} if options.calibrate else None,
         )
         seal(folder, manifest)
     return open_bundle(output)
+
+
+def _image_model(
+    network: InfViT, preprocessing: dict[str, Any], options: ConvertOptions, progress: Callable[[int], None]
+) -> ImageModel:
+    """The network as it is exported: folded, with its normalisation, in the precision asked for."""
+    exported = fold(network) if options.fold else network
+    model = ImageModel(exported, preprocessing["mean"], preprocessing["std"], options.input, options.fold).eval()
+    if options.precision == "fp16":
+        return to_fp16(model)
+    if options.precision == "int8":
+        patch = network.config.patch_size
+        images = _calibration(options.calibrate, patch, preprocessing, options.input, progress)
+        return to_int8(model, images if options.calibrate else None)
+    return model
+
+
+def _calibration(
+    files: tuple[Path, ...], patch: int, preprocessing: dict[str, Any], takes: str, progress: Callable[[int], None]
+) -> Iterator[torch.Tensor]:
+    """Images by the evaluation transform, as the model takes them, one at a time."""
+    transform = transform_of(preprocessing)
+    for file in files:
+        image = fit(read_image(file), patch, "trained", transform, "pad").pixels[None]
+        yield torch.from_numpy(image if takes == "uint8" else normalise(image, preprocessing))
+        progress(1)
 
 
 def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | None:

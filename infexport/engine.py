@@ -83,6 +83,11 @@ def build_engine(bundle: Bundle, target: str, profile: Profile) -> tuple[Path, d
     Raises:
         InfexportError: the extra is missing, or the library refuses or crashes.
     """
+    if bundle.manifest.precision != "fp32":
+        raise InfexportError(
+            f"engines are built from fp32 bundles, this one is {bundle.manifest.precision}",
+            hint="convert the checkpoint with --precision fp32",
+        )
     require(tensorrt_rtx.BINDINGS, tensorrt_rtx.LIBRARIES, extra="tensorrt-rtx")
     folder = bundle.path / ENGINES
     engine = folder / f"{target}-{bundle.manifest.precision}.engine"

@@ -39,8 +39,8 @@ def attach_bodies(model: ir.Model) -> ir.Model:
         The same model.
 
     Raises:
-        ValueError: nodes of one operator differ in an attribute its body depends on. ONNX has overloads for that,
-            but TensorRT's parser ignores them and would run the first body for all.
+        ValueError: nodes of one operator differ in what its body depends on, attributes and dtype. ONNX has overloads
+            for that, but TensorRT's parser ignores them and would run the first body for all.
     """
     import onnx_ir as ir
 
@@ -49,13 +49,16 @@ def attach_bodies(model: ir.Model) -> ir.Model:
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain != infsa_ops.DOMAIN:
             continue
-        values = {name: attribute.value for name, attribute in node.attributes.items()}
+        tokens = node.inputs[0]
+        assert tokens is not None, f"{node.name} has no tokens"
+        assert tokens.dtype is not None, f"{node.name}: the exporter types every value"
+        values = {name: attribute.value for name, attribute in node.attributes.items()} | {"dtype": str(tokens.dtype)}
         if attributes.setdefault(node.op_type, values) != values:
             raise ValueError(
                 f"{node.op_type} occurs with {attributes[node.op_type]} and with {values}: "
                 "one model can hold one body of an operator, export with equal attributes"
             )
-        function = by_name[node.op_type].body(node.attributes, model.opset_imports[""])
+        function = by_name[node.op_type].body(node.attributes, model.opset_imports[""], tokens.dtype)
         model.functions.setdefault(function.identifier(), function)
     model.opset_imports[infsa_ops.DOMAIN] = infsa_ops.VERSION
     return model
@@ -92,9 +95,11 @@ def export_model(
     """What `export` returns, as an `onnx_ir.Model` whose weights stay torch's (no copy, no 2 GB limit)."""
     import torch
 
+    from infexport import int8_linear
+
     operators = _operators()
     _register_schemas(operators)
-    table: Mapping[Any, Any] = {operator.TORCH_OP: operator.translate for operator in operators}
+    table: Mapping[Any, Any] = {part.TORCH_OP: part.translate for part in (*operators, int8_linear)}
     with _evaluating(module), warnings.catch_warnings(), _quiet(logging.getLogger("torch.onnx")):
         warnings.simplefilter("ignore")  # the exporter warns about its own deprecations and about no torchvision
         program = torch.onnx.export(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from infvit.fold import fold_normalisation
 from infvit.network import InfViT
 
 
@@ -17,15 +18,24 @@ class ImageModel(nn.Module):
         network: the InfViT; its dtype is the dtype of everything.
         mean, std: of the pixels in [0, 1], per RGB channel.
         takes: `uint8`, RGB `image [B, H, W, 3]`, or `float32`, normalised `pixels [B, 3, H, W]`.
+        fold: normalise uint8 pixels by the patch embedding's weights (`infvit.fold`).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: InfViT, mean: Sequence[float], std: Sequence[float], takes: str = "uint8") -> None:
+    def __init__(
+        self,
+        network: InfViT,
+        mean: Sequence[float],
+        std: Sequence[float],
+        takes: str = "uint8",
+        fold: bool = False,
+    ) -> None:
         super().__init__()
-        self.network = network
         self.takes = takes
+        self.folded = fold and takes == "uint8"
+        self.network = fold_normalisation(network, mean, std) if self.folded else network
         dtype = network.head.weight.dtype
         self.register_buffer("mean", torch.tensor(mean, dtype=dtype)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=dtype)[:, None, None], persistent=False)
@@ -37,7 +47,9 @@ class ImageModel(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` and features `[B, E]`."""
         if self.takes == "uint8":
-            # cast before permute: TensorRT takes uint8 as an input and knows only Cast for it
-            image = (image.to(self.mean.dtype).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+            # cast before anything else: TensorRT takes uint8 as an input and knows only Cast for it
+            image = image.to(self.mean.dtype)
+            if not self.folded:
+                image = (image.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
         features = self.network.forward_features(image)
         return self.network.head(features), features

@@ -14,6 +14,7 @@ from infexport.errors import InfexportError
 FILE = "infexport.json"
 MODEL = "model.onnx"
 LABELS = "labels.json"
+PRECISIONS = ("fp32", "fp16", "int8")
 FORMAT = 1
 """Version of the manifest. A reader refuses what is newer than itself."""
 
@@ -31,13 +32,15 @@ class Manifest:
             `interpolation`).
         assumed: what neither the checkpoint nor the user said, and the value taken.
         input: `uint8` (RGB `image [B, H, W, 3]`) or `float32` (normalised `pixels [B, 3, H, W]`).
-        precision: of the graph's weights.
+        precision: of the layers that meet every token: `fp32`, `fp16` or `int8`.
         folded: the graph has the exact rewrites of `infvit.fold`.
         parameters: number of weights.
         neumann: for `pure_infsa`: terms, and bounds of what they leave out where there are several.
         checkpoint: `path`, and `files`: name → SHA-256 of every file of weights.
         versions: of the tools that made it.
         files: name → SHA-256 of every file of the bundle but the manifest and the engines.
+        calibration: for `int8` with fixed ranges of activations: the number of `images` that fixed them; None where
+            ranges are found at run time.
     """
 
     config: dict[str, Any]
@@ -55,6 +58,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, str]
     format: int = FORMAT
+    calibration: dict[str, Any] | None = None
 
     @property
     def graph(self) -> dict[str, str]:
@@ -143,6 +147,8 @@ _CHECKS = {
     "versions": _texts,
     "assumed": lambda v: isinstance(v, dict),
     "neumann": lambda v: v is None or (isinstance(v, dict) and "terms" in v and (v["terms"] == 1 or len(v) == 3)),
+    "precision": lambda v: v in PRECISIONS,
+    "calibration": lambda v: v is None or (isinstance(v, dict) and _positive(v.get("images"))),
     "input": lambda v: v in ("uint8", "float32"),
     "parameters": _positive,
     "rho": lambda v: v is None or isinstance(v, float),

@@ -15,26 +15,34 @@ Array = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What relative Frobenius error a dtype is allowed: 32·ε·√depth.
+    """What relative Frobenius error a precision is allowed: factor·ε·√depth.
 
-    Every layer rounds some dozens of times at ε each, and the errors of layers add like random steps.
+    Errors of layers add like random steps. In float32 every layer rounds some dozens of times at ε each. With fp16
+    and int8 only the factors of its large products are rounded: twice each in float16, and in 8 bits, where ε is a
+    step of 1/256 of a range of some 5 standard deviations to both sides, by 3 ε a factor.
     """
 
-    dtype: str
+    precision: str
+    factor: int
     epsilon: float
     depth: int
 
     @property
     def relative(self) -> float:
-        return 32 * self.epsilon * math.sqrt(self.depth)
+        return self.factor * self.epsilon * math.sqrt(self.depth)
 
     def __str__(self) -> str:
-        return f"relative error <= {self.relative:.1e} (32 eps sqrt(depth), {self.dtype}, depth {self.depth})"
+        rule = f"{self.factor} eps sqrt(depth), eps {self.epsilon:.1e}, depth {self.depth}"
+        return f"relative error <= {self.relative:.1e} ({self.precision}: {rule})"
 
 
-def tolerance_for(dtype: str, depth: int) -> Tolerance:
-    """The tolerance for logits computed in `dtype` (a numpy name) by a network of `depth` layers."""
-    return Tolerance(dtype, float(np.finfo(dtype).eps), depth)
+_RULES = {"fp32": (32, 2.0**-23), "fp16": (2, 2.0**-10), "int8": (6, 2.0**-8)}
+
+
+def tolerance_for(precision: str, depth: int) -> Tolerance:
+    """The tolerance for logits of a bundle of `precision` (`fp32`, `fp16`, `int8`) and `depth` layers."""
+    factor, epsilon = _RULES[precision]
+    return Tolerance(precision, factor, epsilon, depth)
 
 
 @dataclass(frozen=True)

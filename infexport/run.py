@@ -47,7 +47,7 @@ def run(
     failures: dict[int, Failure] = {}
 
     patch = bundle.manifest.config["patch_size"]
-    transform = transform_of(bundle.manifest)
+    transform = transform_of(bundle.manifest.preprocessing)
 
     def name(index: int) -> str:
         # a name that is no UTF-8 must not end the run when it is written

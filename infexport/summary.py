@@ -27,7 +27,8 @@ def summary_lines(bundle: Bundle) -> list[str]:
         f"model       {config['variant']}, {manifest.parameters:,} parameters, {config['depth']} layers, "
         f"embed_dim {config['embed_dim']}, {config['num_heads']} heads, {config['num_classes']} classes",
         f"images      trained at {size}x{size}, patch {patch}; any size that is a multiple of {patch}",
-        f"input       {_input(manifest)}, {manifest.precision}{', folded' if manifest.folded else ''}",
+        f"input       {_input(manifest)}",
+        f"precision   {_precision(manifest)}{', folded' if manifest.folded else ''}",
         f"checkpoint  {manifest.checkpoint['path']} (layout {manifest.layout})",
     ]
     if manifest.neumann and manifest.neumann["terms"] > 1:
@@ -58,6 +59,14 @@ def manifest_lines(bundle: Bundle) -> list[str]:
 
 def _facts(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _precision(manifest: Manifest) -> str:
+    if manifest.precision != "int8":
+        return manifest.precision
+    if manifest.calibration is None:
+        return "int8, ranges of activations found at run time, over all images of a batch"
+    return f"int8, ranges of activations fixed by {manifest.calibration['images']} images"
 
 
 def _input(manifest: Manifest) -> str:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from infexport.errors import InfexportError
 from infexport.images import Pixels, pixel_limit, too_large
-from infexport.manifest import Manifest
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ResizeMode = Literal["shortest", "exact"]
@@ -64,9 +64,17 @@ class Fitted:
     padded_share: float  # replicated pixels / all pixels, in [0, 1)
 
 
-def transform_of(manifest: Manifest) -> EvalTransform:
-    """The evaluation transform a bundle records."""
-    return EvalTransform.from_dict({f.name: manifest.preprocessing.get(f.name) for f in fields(EvalTransform)})
+def transform_of(preprocessing: dict[str, Any]) -> EvalTransform:
+    """The evaluation transform a bundle's manifest records."""
+    return EvalTransform.from_dict({f.name: preprocessing.get(f.name) for f in fields(EvalTransform)})
+
+
+def normalise(images: NDArray[np.uint8], preprocessing: dict[str, Any]) -> NDArray[np.float32]:
+    """Normalised pixels `[B, 3, H, W]` of images `[B, H, W, 3]`, as the graph does it for uint8 input."""
+    mean = np.asarray(preprocessing["mean"], np.float32)
+    std = np.asarray(preprocessing["std"], np.float32)
+    pixels = (images.astype(np.float32) / 255 - mean) / std
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def fit(

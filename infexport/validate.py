@@ -78,7 +78,8 @@ class Report:
             "verified": self.verified,
             "tolerance": {
                 "relative": self.tolerance.relative,
-                "dtype": self.tolerance.dtype,
+                "precision": self.tolerance.precision,
+                "factor": self.tolerance.factor,
                 "epsilon": self.tolerance.epsilon,
                 "depth": self.tolerance.depth,
             },
@@ -185,7 +186,7 @@ def validate(
                 f"for example --sizes {'x'.join(map(str, nearest))}",
             )
     checkpoint = load_recorded(checkpoint_path, bundle)
-    tolerance = tolerance_for("float32", bundle.manifest.config["depth"])
+    tolerance = tolerance_for(bundle.manifest.precision, bundle.manifest.config["depth"])
     mean, std = bundle.manifest.preprocessing["mean"], bundle.manifest.preprocessing["std"]
     truth_runner = TorchRunner(checkpoint, mean, std, torch.float64)
     torch_runner = TorchRunner(checkpoint, mean, std, torch.float32)
@@ -204,7 +205,7 @@ def validate(
             progress(1)
         for path in images:
             try:
-                fitted = fit(read_image(path), patch, "native", transform_of(bundle.manifest), "pad")
+                fitted = fit(read_image(path), patch, "native", transform_of(bundle.manifest.preprocessing), "pad")
                 judge(str(path), fitted.pixels[None])
             except InfexportError as error:
                 failed.append((path, error))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.numpy import load_file
-from support import GOLDEN
+from support import GOLDEN, ZOO
 
 from infexport.cli import cli
 
@@ -56,3 +58,15 @@ def golden_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
         return folder, io
 
     return get
+
+
+@pytest.fixture(scope="session")
+def train_digits() -> ModuleType:
+    """The script that trained the zoo, as a module."""
+    script = ZOO.parent.parent / "scripts" / "train_digits.py"
+    spec = importlib.util.spec_from_file_location("train_digits", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """The shipped checkpoints: trained as they say, and the same answers in ONNX Runtime as in PyTorch."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,15 +12,6 @@ from support import ZOO, relative_error
 from infvit.checkpoint import build_network, load_checkpoint
 
 REQUIRED = {"digits-linear": 0.985, "digits-pure": 0.975}
-
-
-@pytest.fixture(scope="module")
-def train_digits():
-    script = ZOO.parent.parent / "scripts" / "train_digits.py"
-    spec = importlib.util.spec_from_file_location("train_digits", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

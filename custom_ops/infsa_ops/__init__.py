@@ -1,5 +1,6 @@
 """The operators of Infinite Self-Attention (arXiv 2603.00175): torch ops that reach ONNX as nodes of domain `infsa`."""
 
+from infsa_ops.affinity_squared_norm import affinity_squared_norm
 from infsa_ops.common import EPSILON
 from infsa_ops.linear_state import linear_attention, linear_state_update
 from infsa_ops.neumann_kernel import neumann_kernel
@@ -10,7 +11,16 @@ DOMAIN = "infsa"
 VERSION = 1
 """Version of the ONNX domain."""
 
-ALL = ("linear_state", "neumann_kernel")
+ALL = ("linear_state", "neumann_kernel", "affinity_squared_norm")
 """The operators, a folder each. A new one is a folder with the same file names and a name here."""
 
-__all__ = ["ALL", "DOMAIN", "EPSILON", "VERSION", "linear_attention", "linear_state_update", "neumann_kernel"]
+__all__ = [
+    "ALL",
+    "DOMAIN",
+    "EPSILON",
+    "VERSION",
+    "affinity_squared_norm",
+    "linear_attention",
+    "linear_state_update",
+    "neumann_kernel",
+]

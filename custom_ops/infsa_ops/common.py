@@ -1,4 +1,4 @@
-"""What both operators share: ε, the shape of ρ, and what q, k and v must be to each other."""
+"""What the operators share: ε, the tile, the shape of ρ, and what q, k and v must be to each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 EPSILON = 1e-6
 """ε, added to every divisor; the reference package's value."""
+
+TILE = 256
+"""Queries at a time in Pure InfSA: N×N never exists."""
 
 
 def per_head(rho: Tensor | float, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 
 from infexport.cli.output import Output
 from infexport.extras import require
+from infexport.manifest import PRECISIONS
 
 LAYOUTS_HELP = (
     "Whose parameter names the checkpoint has: auto, reference, torchvision, timm, transformers, transformers4 or "
@@ -70,14 +72,21 @@ def convert() -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="As many terms as leave out at most this, relative to the values, for any image.",
 )
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
+              help="Of the layers that meet every token. int8 is for CPUs, fp16 for GPUs.")  # fmt: skip
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="IMAGES",
+    help="Image or folder that fixes the ranges of int8 activations.  [default: found at run time]",
+)
 @click.option("--input", type=click.Choice(["uint8", "float32"]), default="uint8", show_default=True,
               help="RGB image [B,H,W,3], or normalised pixels [B,3,H,W].")  # fmt: skip
 @click.option(
     "--fold/--no-fold", default=True, show_default=True, help="Rewrite the model exactly, for less to compute."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def checkpoint(checkpoint: Path, output: Path, as_json: bool, **options: Any) -> None:
+def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: bool, **options: Any) -> None:
     """Convert CHECKPOINT (.pth, .pt, .safetensors or a Hugging Face folder) to ONNX.
 
     The bundle holds model.onnx, its weights and infexport.json, which records what was converted and how. It
@@ -85,13 +94,18 @@ def checkpoint(checkpoint: Path, output: Path, as_json: bool, **options: Any) ->
     """
     if options["neumann_terms"] is not None and options["neumann_tol"] is not None:
         raise click.UsageError("--neumann-terms and --neumann-tol exclude each other: give one")
-    del options["precision"]  # fp32 is the only one there is
+    if calibrate is not None and options["precision"] != "int8":
+        raise click.UsageError("--calibrate is for --precision int8: nothing else has ranges to fix")
     out = Output(as_json)
     require("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", extra="export")
     from infexport.convert import ConvertOptions, convert
+    from infexport.images import find_images
     from infexport.summary import summary_lines, warnings_of
 
-    bundle = convert(checkpoint, output, ConvertOptions(**options), out.status)
+    images = () if calibrate is None else tuple(find_images([calibrate]))
+    with out.progress(len(images), "calibrating") if images else nullcontext() as bar:
+        progress = bar.update if bar else lambda done: None
+        bundle = convert(checkpoint, output, ConvertOptions(calibrate=images, **options), out.status, progress)
     for name, value in bundle.manifest.assumed.items():
         out.status(f"assumed {name.replace('_', ' ')}: {value}")
     for line in warnings_of(bundle.manifest):

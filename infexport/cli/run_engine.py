@@ -81,6 +81,8 @@ def run_engine(
         out.warning(line)
     with OrtRunner(opened, provider, threads) as runner:
         out.status(f"running on {runner.provider} with {opened.manifest.precision}")
+        for line in runner.remarks:
+            out.warning(line)
         with out.progress(len(files), "images") as bar:
             answers, failures = run(opened, runner, files, size, edge, batch_size, bar.update)
     config = opened.manifest.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.extras import require
+from infexport.transform import normalise
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -59,10 +61,24 @@ class OrtRunner:
             "the driver, CUDA 13 or cuDNN 9 is missing or does not fit (infexport doctor), or use --provider cpu",
         )
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know of this bundle's precision on this provider, once entered."""
+        precision = self.bundle.manifest.precision
+        if precision == "fp16" and self.provider == "cpu":
+            return ["fp16 on the CPU is computed in float32: no faster than an fp32 bundle"]
+        if precision == "int8" and self.provider != "cpu":
+            return [f"int8 graphs are for the CPU: on {self.provider} expect less speed than of fp32 or fp16"]
+        if precision == "int8" and not _has_int8_products():
+            return ["this processor has no int8 dot products (VNNI): int8 is right here, and slower than where it has"]
+        return []
+
     def _start(self, provider: str) -> Any:
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # without VNNI the fast uint8 by int8 kernels of x86 saturate: take the exact ones there
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         try:
@@ -101,12 +117,13 @@ class OrtRunner:
         return dict(zip(names, values, strict=True))
 
 
-def normalise(images: NDArray[np.uint8], preprocessing: dict[str, Any]) -> NDArray[np.float32]:
-    """Normalised pixels `[B, 3, H, W]` of images `[B, H, W, 3]`, as the graph does it for uint8 input."""
-    mean = np.asarray(preprocessing["mean"], np.float32)
-    std = np.asarray(preprocessing["std"], np.float32)
-    pixels = (images.astype(np.float32) / 255 - mean) / std
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+def _has_int8_products() -> bool:
+    """Whether the processor multiplies 8-bit numbers into 32-bit sums; where Linux doesn't say, it is taken to."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return True
+    return "flags" not in words or bool(words & {"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def import_onnxruntime() -> ModuleType:

@@ -6,26 +6,33 @@ In Linear-InfSA the output is one vector per head, so the projections around it 
 2. Values are never formed: Σ aₙ(W_v yₙ + b_v) = W_v Σ aₙyₙ + b_v Σ aₙ.
 3. The output projection meets one vector, not N.
 
-4. The head reads the class token alone, so everything behind the last layer's sums is computed for it alone.
+For every variant:
 
-Per token, a linear layer's 12 E² multiply-adds become 9 E², and the last layer's 1 E². ε stays where it was, and so
-do the learned weights: `fold` copies none.
+4. Where the head reads the class token alone, everything behind the last layer's sums is computed for it alone. Of
+   one term of Pure InfSA that leaves the class token's own row of A, whose values are again a sum over tokens (2),
+   and ‖A‖_F.
+5. Two projections in a row, the output projection and a second dense layer, are one.
+6. Pixels are normalised by the patch embedding's weights.
+
+Per token, a linear layer's 12 E² multiply-adds become 9 E², and the last layer's 1 E²; a pure layer's 13 E² + 2 N E
+become 12 E² + 2 N E, and the last layer's 2 E² + N E. ε stays where it was.
+
+A rewrite fires only on the very classes of `infvit.network`, whose every use of q, k, v and ε is known, and not where
+a forward hook reads what would no longer be formed. Anything else stays as it is.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 import infsa_ops
 from infsa_ops import EPSILON
-from infvit.network import Attention, InfViT, Layer
-
-Module = TypeVar("Module", bound=nn.Module)
+from infvit.network import Attention, Encoder, InfViT, Layer
+from infvit.rewrite import with_children
 
 
 class FoldedLinearAttention(nn.Module):
@@ -53,16 +60,44 @@ class FoldedLinearAttention(nn.Module):
         score = key @ tokens.transpose(1, 2)
         if attention.k_proj.bias is not None:
             score = score + (mean_query * attention.k_proj.bias.unflatten(0, (heads, -1))).sum(-1, keepdim=True)
-        mass, moment = infsa_ops.linear_state_update(
-            torch.relu(score),
-            tokens[:, None],
-            tokens.new_zeros(batch, heads),
-            tokens.new_zeros(batch, heads, tokens.shape[-1]),
-        )
-        value = (attention.v_proj.weight.unflatten(0, (heads, -1)) @ moment[..., None])[..., 0]
-        if attention.v_proj.bias is not None:
-            value = value + attention.v_proj.bias.unflatten(0, (heads, -1)) * mass[..., None]
+        mass, value = _weighted_values(attention, tokens, torch.relu(score))
         mixed = attention.rho.reshape(-1, 1) * value / (mass[..., None] + EPSILON)
+        return attention.project_out(mixed.flatten(1)[:, None])
+
+
+def _weighted_values(attention: Attention, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ wₙ `[B, H]` and Σ wₙvₙ `[B, H, d]` of weights `[B, H, N]` by rewrite 2: through the tokens `[B, N, E]`."""
+    batch, heads, _ = weights.shape
+    mass, moment = infsa_ops.linear_state_update(
+        weights,
+        tokens[:, None],
+        tokens.new_zeros(batch, heads),
+        tokens.new_zeros(batch, heads, tokens.shape[-1]),
+    )
+    value = (attention.v_proj.weight.unflatten(0, (heads, -1)) @ moment[..., None])[..., 0]
+    if attention.v_proj.bias is not None:
+        value = value + attention.v_proj.bias.unflatten(0, (heads, -1)) * mass[..., None]
+    return mass, value
+
+
+class ClassTokenPureAttention(nn.Module):
+    """One term of Pure InfSA for the class token alone (rewrite 4): tokens `[B, N, E]` to `[B, 1, E]`."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        attention = self.attention
+        q, k = (
+            proj(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for proj in (attention.q_proj, attention.k_proj)
+        )
+        norm = torch.sqrt(infsa_ops.affinity_squared_norm(q, k))[..., None]
+        query, keys = q[:, :, :1].to(tokens.dtype) / q.shape[-1], k.to(tokens.dtype)  # they may be of lower precision
+        row = torch.relu(query @ keys.transpose(-1, -2))[:, :, 0]
+        _, value = _weighted_values(attention, tokens, row)
+        mixed = attention.rho.reshape(-1, 1) * value / (norm + EPSILON)
         return attention.project_out(mixed.flatten(1)[:, None])
 
 
@@ -79,25 +114,100 @@ class ClassTokenLayer(nn.Module):
         return token + layer.ff(layer.norm2(token))
 
 
-def _with(module: Module, **children: nn.Module) -> Module:
-    """The module with other children: a shallow copy, weights shared, the original as it was."""
-    twin = copy.copy(module)
-    twin._modules = {**module._modules, **children}
-    return twin
+class PixelPatchEmbed(nn.Module):
+    """The patch embedding of pixels as they are (rewrite 6): `[B, H, W, 3]`, 0 to 255, to `[B, E, h, w]`.
+
+    Attributes:
+        proj: of patches `[…, 3p²]` of pixels less `center`, a whole number.
+
+    Args:
+        embed: of normalised pixels `[B, 3, H, W]`.
+        mean, std: of the pixels in [0, 1], per channel.
+    """
+
+    def __init__(self, embed: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.patch = embed.kernel_size[0]
+        weight = embed.weight.detach().double()
+        mean_, std_ = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+        bias = torch.zeros(len(weight)).double() if embed.bias is None else embed.bias.detach().double()
+        # a whole number near the mean, so that the products of an even patch need not cancel against the bias
+        self.center = round(255 * float(mean_.mean()))
+        bias = bias + (weight * (self.center / 255 - mean_) / std_).sum((1, 2, 3))
+        # rows of a patch, columns, channels: the order in which its pixels lie in an image
+        flat = (weight / (255 * std_)).permute(0, 2, 3, 1).flatten(1)
+        self.proj = _linear(flat, bias, embed.weight.dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        p = self.patch
+        patches = pixels.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3)
+        return self.proj(patches - self.center).permute(0, 3, 1, 2)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.to(dtype))
+    if bias is not None:
+        made.bias = nn.Parameter(bias.to(dtype))
+    return made
+
+
+def _read(*modules: nn.Module | None) -> bool:
+    """Whether a forward hook reads what one of the modules gives."""
+    return any(module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in modules)
+
+
+def _merge_projections(attention: Attention) -> Attention:
+    """Rewrite 5; the product is formed in float64."""
+    out, dense = attention.out_proj, attention.dense
+    if dense is None or _read(out, dense):
+        return attention
+    weight, bias = (t.detach().double() for t in (out.weight, out.bias))
+    second = dense.weight.detach().double()
+    merged = _linear(second @ weight, second @ bias + dense.bias.detach().double(), out.weight.dtype)
+    return with_children(attention, out_proj=merged, dense=None)
+
+
+def _fold_layer(layer: nn.Module) -> nn.Module:
+    attention = getattr(layer, "attn", None)
+    if type(layer) is not Layer or type(attention) is not Attention:
+        return layer
+    if attention.variant == "linear_infsa":
+        if _read(attention, attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, attention.dense):
+            return layer
+        return with_children(layer, attn=FoldedLinearAttention(attention))
+    return with_children(layer, attn=_merge_projections(attention))
+
+
+def _cut(layer: nn.Module) -> nn.Module:
+    if type(layer) is not Layer or _read(layer, *layer.modules()):
+        return layer
+    attention = layer.attn
+    if type(attention) is Attention and attention.variant == "pure_infsa" and attention.neumann_terms == 1:
+        layer = with_children(layer, attn=ClassTokenPureAttention(attention))
+    return ClassTokenLayer(layer)
 
 
 def fold(network: InfViT) -> InfViT:
-    """A network that computes the same logits and features with the rewrites of this module.
+    """A network that computes the same logits and features with rewrites 1 to 5.
 
-    The weights are shared with `network`, which stays as it was. Attention that is not linear keeps its form; the
-    class-token cut serves every variant, since the head of an InfViT reads the class token.
+    `network` stays as it was, and the weights are shared but for those of rewrite 5. The class-token cut needs an
+    `InfViT` and an `Encoder` as they are: a subclass may read other tokens.
     """
-    layers: list[nn.Module] = []
-    for layer in network.encoder.layers:
-        assert isinstance(layer, Layer)
-        linear = layer.attn.variant == "linear_infsa"
-        layers.append(_with(layer, attn=FoldedLinearAttention(layer.attn)) if linear else layer)
-    last = layers[-1]
-    assert isinstance(last, Layer)
-    layers[-1] = ClassTokenLayer(last)
-    return _with(network, encoder=_with(network.encoder, layers=nn.ModuleList(layers)))
+    encoder = network.encoder
+    if type(encoder) is not Encoder:
+        return network
+    layers = [_fold_layer(layer) for layer in encoder.layers]
+    if type(network) is InfViT and not _read(encoder, encoder.norm):
+        layers[-1] = _cut(layers[-1])
+    return with_children(network, encoder=with_children(encoder, layers=nn.ModuleList(layers)))
+
+
+def fold_normalisation(network: InfViT, mean: Sequence[float], std: Sequence[float]) -> InfViT:
+    """A network that takes pixels as they are, `[B, H, W, 3]` from 0 to 255, by rewrite 6.
+
+    Args:
+        network: takes normalised pixels `[B, 3, H, W]`; stays as it was.
+        mean, std: of the pixels in [0, 1], per channel.
+    """
+    return with_children(network, patch_embed=PixelPatchEmbed(network.patch_embed, mean, std))

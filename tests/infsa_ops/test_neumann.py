@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import infsa_ops
+from infsa_ops.common import TILE
 from infsa_ops.neumann_kernel import reference
 from infsa_ops.neumann_kernel.bounds import a_posteriori_bound, a_priori_bound, series_term, terms_for
-from infsa_ops.neumann_kernel.op import TILE
 
 ROUNDING = 1e-13
 """Of the limit itself, relative to ‖V‖."""

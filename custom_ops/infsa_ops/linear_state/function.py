@@ -39,8 +39,8 @@ def translate(weights: Any, values: Any, mass: Any, moment: Any) -> Any:
     return onnxscript.values.Opset("infsa", 1).LinearInfSAStateUpdate(weights, values, mass, moment)
 
 
-def body(attributes: Mapping[str, ir.Attr], opset: int) -> ir.Function:
-    """The operator in standard ONNX operators of version `opset`."""
+def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
+    """The operator in standard ONNX operators of version `opset`; it serves tokens of any dtype."""
 
     def trace(op: Any, weights: ir.Value, values: ir.Value, mass: ir.Value, moment: ir.Value) -> list[ir.Value]:
         # float32 whatever the tokens are: in half precision a sum over 332k tokens overflows

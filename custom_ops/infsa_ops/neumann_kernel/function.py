@@ -10,8 +10,9 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
+from infsa_ops import tiles
 from infsa_ops.common import EPSILON
-from infsa_ops.neumann_kernel import op as _registration
+from infsa_ops.neumann_kernel import op as _registration  # noqa: F401  (registers the torch op)
 
 NAME = "NeumannKernel"
 TORCH_OP = torch.ops.infsa.neumann_kernel.default
@@ -25,12 +26,15 @@ SCHEMA = onnx.defs.OpSchema(
         onnx.defs.OpSchema.FormalParameter("q", "T", "[B, H, N, d]"),
         onnx.defs.OpSchema.FormalParameter("k", "T", "[B, H, N, d]"),
         onnx.defs.OpSchema.FormalParameter("v", "T", "[B, H, N, d_v]"),
-        onnx.defs.OpSchema.FormalParameter("rho", "T", "scalar or [H]"),
+        onnx.defs.OpSchema.FormalParameter("rho", "tensor(float)", "scalar or [H]"),
     ],
     outputs=[onnx.defs.OpSchema.FormalParameter("out", "T", "[B, H, N, d_v]")],
     attributes=[onnx.defs.OpSchema.Attribute("terms", onnx.defs.OpSchema.AttrType.INT, "T, at least 1")],
-    type_constraints=[("T", ["tensor(float)"], "dtype of the tokens")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "dtype of the tokens")],
 )
+
+
+ROW_SUM, TINY = 256.0, 1e-30
 
 
 def translate(q: Any, k: Any, v: Any, rho: Any, terms: int) -> Any:
@@ -38,82 +42,67 @@ def translate(q: Any, k: Any, v: Any, rho: Any, terms: int) -> Any:
     return onnxscript.values.Opset("infsa", 1).NeumannKernel(q, k, v, rho, terms=terms)
 
 
-def _split(op: Any, q: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """q `[B, H, N, d]` as tiles `[tiles, B, H, rows, d]`, even in size, and N `[1]`.
+def _product(op: Any, affinity: ir.Value, values: ir.Value) -> ir.Value:
+    return op.MatMul(affinity, values)
 
-    The last tile is filled up with zero queries, whose affinities relu(0) add exactly nothing.
+
+def _as_they_are(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    return x, op.Expand(1.0, [1, 1, 1, 1])
+
+
+def _half_product(op: Any, affinity: ir.Value, values: ir.Value) -> ir.Value:
+    """Affinities `[…, rows, N]` times values of at most 1, in half precision, finite for any N; float32.
+
+    Every row is brought to the sum 256 first: its product is 256 times a convex combination of the values, and an
+    even weight over 332k tokens, 8e-4, is still a normal number.
     """
-    shape = op.Shape(q)
-    n = op.Gather(shape, [2])
-    tile = _registration.TILE
-    tiles = op.Div(op.Add(n, [tile - 1]), [tile])
-    rows = op.Div(op.Sub(op.Add(n, tiles), [1]), tiles)
-    missing = op.Sub(op.Mul(tiles, rows), n)
-    padded = op.Pad(q, op.Concat([0, 0, 0, 0, 0, 0], missing, [0], axis=0))
-    split = op.Reshape(padded, op.Concat(op.Gather(shape, [0, 1]), tiles, rows, op.Gather(shape, [3]), axis=0))
-    return op.Transpose(split, perm=[2, 0, 1, 3, 4]), n
+    exact = op.Cast(affinity, to=ir.DataType.FLOAT)
+    mass = op.Div(op.ReduceSum(exact, [-1], keepdims=1), ROW_SUM)
+    weights = op.CastLike(op.Div(exact, op.Max(mass, TINY)), affinity)
+    return op.Mul(op.Cast(op.MatMul(weights, values), to=ir.DataType.FLOAT), mass)
 
 
-def _join(op: Any, tiles: ir.Value, v: ir.Value, n: ir.Value) -> ir.Value:
-    """Tiles `[tiles, B, H, rows, d_v]` as `[B, H, N, d_v]`, the filling cut off."""
-    shape = op.Shape(v)
-    whole = op.Reshape(
-        op.Transpose(tiles, perm=[1, 2, 0, 3, 4]),
-        op.Concat(op.Gather(shape, [0, 1]), [-1], op.Gather(shape, [3]), axis=0),
-    )
-    return op.Slice(whole, [0], n, [2])
+def _to_half(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    """x / unit in `dtype`, none of it above 1, and the unit, float32 per head."""
+    unit = tiles.largest(op, x)
+    return op.Cast(op.Div(op.Cast(x, to=ir.DataType.FLOAT), unit), to=dtype), unit
 
 
-def _scan(op: Any, name: str, tile: Any, energy: ir.Value, queries: ir.Value) -> Any:
-    """Scan `tile(op, energy, query) -> (energy, output)` over the tiles of `queries`."""
-
-    def value(kind: str, shape: list[Any]) -> ir.Value:
-        return ir.val(f"{name}.{kind}", ir.DataType.FLOAT, shape)
-
-    op.builder.push_module(name)  # names inside a body must not shadow the names around it
-    graph = op.builder.subgraph(
-        tile,
-        [value("energy", ["B", "H", 1, 1]), value("query", ["B", "H", "rows", "d"])],
-        [value("energy_out", ["B", "H", 1, 1]), value("weighted", [None] * 4)],
-        name=name,
-    )
-    op.builder.pop_module()
-    return op.Scan(energy, queries, body=graph, num_scan_inputs=1, _outputs=2)
-
-
-def body(attributes: Mapping[str, ir.Attr], opset: int) -> ir.Function:
-    """The operator in standard ONNX operators of version `opset`, for the T that `attributes` name.
+def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
+    """The operator in standard ONNX operators of version `opset`, for tokens of `dtype` and the T of `attributes`.
 
     ONNX functions can't unroll by an attribute, so a body serves one T. (A Loop over the terms would serve all;
     TensorRT's parser refuses a Scan inside a Loop.)
     """
     terms = attributes["terms"].as_int()
+    half = dtype != ir.DataType.FLOAT
+    product, as_values = (_half_product, _to_half) if half else (_product, _as_they_are)
 
     def trace(op: Any, q: ir.Value, k: ir.Value, v: ir.Value, rho: ir.Value) -> ir.Value:
-        queries, n = _split(op, q)
-        width = op.Cast(op.Gather(op.Shape(q), [3]), to=ir.DataType.FLOAT)
-        keys = op.Div(op.Transpose(k, perm=[0, 1, 3, 2]), width)
+        q, k, unit = tiles.scaled(op, q, k, dtype)
+        queries, n = tiles.split(op, q)
+        values, values_unit = as_values(op, v, dtype)
 
         def first(op: Any, energy: ir.Value, query: ir.Value) -> list[ir.Value]:
-            affinity = op.Relu(op.MatMul(query, keys))
+            affinity = op.Relu(op.MatMul(query, k))
+            exact = op.Cast(affinity, to=ir.DataType.FLOAT)
             # along rows, then over rows: one float32 sum over all squares is off by 1e-4 at N = 4097
-            by_row = op.ReduceSumSquare(affinity, [-1], keepdims=1)
-            return [op.Add(energy, op.ReduceSum(by_row, [-2], keepdims=1)), op.MatMul(affinity, v)]
+            by_row = op.ReduceSumSquare(exact, [-1], keepdims=1)
+            return [op.Add(energy, op.ReduceSum(by_row, [-2], keepdims=1)), product(op, affinity, values)]
 
         def following(op: Any, energy: ir.Value, query: ir.Value) -> list[ir.Value]:
-            # the energy only passes through: TensorRT's parser refuses a Scan that carries nothing
-            return [op.Identity(energy), op.MatMul(op.Relu(op.MatMul(query, keys)), term)]
+            return [op.Identity(energy), product(op, op.Relu(op.MatMul(query, k)), values)]
 
-        zero = op.Expand(0.0, op.Concat(op.Gather(op.Shape(q), [0, 1]), [1, 1], axis=0))
-        energy, tiles = _scan(op, "first", first, zero, queries)
-        scale = op.Div(op.Reshape(rho, [1, -1, 1, 1]), op.Add(op.Sqrt(energy), EPSILON))
-        term = op.Mul(_join(op, tiles, v, n), scale)
-        total = term
+        energy, weighted = tiles.scan(op, "first", first, queries, dtype)
+        norm = op.Add(op.Sqrt(energy), op.Div(EPSILON, unit))
+        scale = op.Div(op.Reshape(op.Cast(rho, to=ir.DataType.FLOAT), [1, -1, 1, 1]), norm)
+        total = values = op.Mul(tiles.join(op, weighted, v, n), op.Mul(scale, values_unit))
         for t in range(2, terms + 1):
-            _, tiles = _scan(op, f"term{t}", following, zero, queries)
-            term = op.Mul(_join(op, tiles, v, n), scale)
-            total = op.Add(total, term)
-        return total
+            values, values_unit = as_values(op, values, dtype)
+            _, weighted = tiles.scan(op, f"term{t}", following, queries, dtype)
+            values = op.Mul(tiles.join(op, weighted, v, n), op.Mul(scale, values_unit))
+            total = op.Add(total, values)
+        return op.Cast(total, to=dtype)
 
     inputs = [ir.Value(name=name) for name in ("q", "k", "v", "rho")]
     return onnxscript.build_function(

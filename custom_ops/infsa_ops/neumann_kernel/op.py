@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infsa_ops.common import EPSILON, check_qkv, per_head
+from infsa_ops.common import EPSILON, TILE, check_qkv, per_head
 from infsa_ops.neumann_kernel import reference
-
-TILE = 256
-"""Queries at a time: N×N never exists, and a tile of affinities stays in cache."""
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:
@@ -91,6 +88,6 @@ def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: 
         ValueError: ρ of another shape.
         RuntimeError: shapes that don't fit together, or `terms` below 1.
     """
-    rho = torch.as_tensor(rho, dtype=q.dtype, device=q.device)
+    rho = torch.as_tensor(rho, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     out: Tensor = _neumann_kernel(q, k, v, rho, terms)
     return out

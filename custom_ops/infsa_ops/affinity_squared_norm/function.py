@@ -1,0 +1,55 @@
+"""`AffinitySquaredNorm` in ONNX: schema, translation from torch, and body in standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from infsa_ops import tiles
+from infsa_ops.affinity_squared_norm import op as _registration  # noqa: F401  (registers the torch op)
+
+NAME = "AffinitySquaredNorm"
+TORCH_OP = torch.ops.infsa.affinity_squared_norm.default
+
+SCHEMA = onnx.defs.OpSchema(
+    NAME,
+    "infsa",
+    1,
+    doc="The sum of relu(q k^T / d)^2 over all pairs of tokens.",
+    inputs=[
+        onnx.defs.OpSchema.FormalParameter("q", "T", "[B, H, N, d]"),
+        onnx.defs.OpSchema.FormalParameter("k", "T", "[B, H, M, d]"),
+    ],
+    outputs=[onnx.defs.OpSchema.FormalParameter("squared_norm", "tensor(float)", "[B, H]")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "dtype of the tokens")],
+)
+
+
+def translate(q: Any, k: Any) -> Any:
+    """The torch op's node, for `torch.onnx.export(custom_translation_table=…)`."""
+    return onnxscript.values.Opset("infsa", 1).AffinitySquaredNorm(q, k)
+
+
+def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
+    """The operator in standard ONNX operators of version `opset`, for tokens of `dtype`."""
+
+    def trace(op: Any, q: ir.Value, k: ir.Value) -> ir.Value:
+        q, k, unit = tiles.scaled(op, q, k, dtype)
+        queries, _ = tiles.split(op, q)
+
+        def tile(op: Any, energy: ir.Value, query: ir.Value) -> list[ir.Value]:
+            affinity = op.Cast(op.Relu(op.MatMul(query, k)), to=ir.DataType.FLOAT)
+            # a scan must give something for every tile: the rows' own sums, which nobody reads
+            by_row = op.ReduceSumSquare(affinity, [-1], keepdims=1)
+            return [op.Add(energy, op.ReduceSum(by_row, [-2], keepdims=1)), by_row]
+
+        energy, _ = tiles.scan(op, "squares", tile, queries, dtype)
+        return op.Squeeze(op.Mul(energy, op.Mul(unit, unit)), [-2, -1])
+
+    inputs = [ir.Value(name=name) for name in ("q", "k")]
+    return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})
