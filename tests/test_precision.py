@@ -21,6 +21,7 @@ from torch import nn
 from infexport.image_model import ImageModel
 from infexport.int8_linear import Int8Linear, int8_linear, quantization
 from infexport.precision import HalfLinear, to_fp16, to_int8, token_layers
+from infexport.runners import ort
 from infvit.checkpoint import build_network, load_checkpoint
 from infvit.config import InfViTConfig
 from infvit.fold import fold
@@ -363,3 +364,23 @@ def test_a_bundle_says_how_it_computes(infexport, tmp_path):
         assert "--precision fp32" in refused.stderr
         ran = infexport("run-engine", bundle, pictures / "0-a.png")
         assert ("computed in float32" in ran.stderr) == (options[0] == "fp16")
+
+
+@pytest.mark.parametrize(
+    ("precision", "provider", "flags", "told"),
+    [
+        ("fp32", "cpu", "avx2", ""),
+        ("fp16", "cuda", "avx2", ""),
+        ("fp16", "cpu", "avx2", "computed in float32"),
+        ("int8", "cuda", "avx2", "for the CPU"),
+        ("int8", "cpu", "avx2", "no int8 dot products"),
+        ("int8", "cpu", "avx2 avx512_vnni", ""),
+        ("int8", "cpu", "avx2 avx_vnni", ""),
+    ],
+)
+def test_remarks(precision, provider, flags, told, tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name : some\nflags : fpu {flags}\n")
+    monkeypatch.setattr(ort, "CPUINFO", cpuinfo)
+    assert told in " ".join(ort.remarks(precision, provider))
+    assert bool(told) == bool(ort.remarks(precision, provider))

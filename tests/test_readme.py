@@ -28,7 +28,7 @@ def test_the_road(infexport, folder, monkeypatch):
     monkeypatch.chdir(folder)
     (road,) = (block for block in blocks("bash") if "convert checkpoint" in block)
     commands = [shlex.split(line, comments=True) for line in road.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for program, *arguments in commands:
         assert program == "infexport"
         infexport(*arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from infexport import __version__
+from infexport.cli.benchmark import benchmark
 from infexport.cli.build_engine import build_engine
 from infexport.cli.convert import convert
 from infexport.cli.doctor import doctor
@@ -31,5 +32,5 @@ def cli() -> None:
     pass
 
 
-for command in (convert, validate, build_engine, run_engine, inspect, doctor):
+for command in (convert, validate, build_engine, run_engine, benchmark, inspect, doctor):
     cli.add_command(command)

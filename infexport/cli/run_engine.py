@@ -66,7 +66,7 @@ def run_engine(
     from infexport.images import find_images
     from infexport.predictions import Results, check_output
     from infexport.run import run
-    from infexport.runners.ort import OrtRunner
+    from infexport.runners.ort import OrtRunner, remarks
     from infexport.summary import warnings_of
 
     out = Output(as_json)
@@ -81,7 +81,7 @@ def run_engine(
         out.warning(line)
     with OrtRunner(opened, provider, threads) as runner:
         out.status(f"running on {runner.provider} with {opened.manifest.precision}")
-        for line in runner.remarks:
+        for line in remarks(opened.manifest.precision, runner.provider):
             out.warning(line)
         with out.progress(len(files), "images") as bar:
             answers, failures = run(opened, runner, files, size, edge, batch_size, bar.update)

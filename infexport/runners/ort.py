@@ -22,6 +22,9 @@ PROVIDERS = {
 }
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
 class OrtRunner:
     """Runs a bundle's `model.onnx` on an execution provider.
 
@@ -60,18 +63,6 @@ class OrtRunner:
             f"the session's providers: {', '.join(got) or 'none'}",
             "the driver, CUDA 13 or cuDNN 9 is missing or does not fit (infexport doctor), or use --provider cpu",
         )
-
-    @property
-    def remarks(self) -> list[str]:
-        """What a user should know of this bundle's precision on this provider, once entered."""
-        precision = self.bundle.manifest.precision
-        if precision == "fp16" and self.provider == "cpu":
-            return ["fp16 on the CPU is computed in float32: no faster than an fp32 bundle"]
-        if precision == "int8" and self.provider != "cpu":
-            return [f"int8 graphs are for the CPU: on {self.provider} expect less speed than of fp32 or fp16"]
-        if precision == "int8" and not _has_int8_products():
-            return ["this processor has no int8 dot products (VNNI): int8 is right here, and slower than where it has"]
-        return []
 
     def _start(self, provider: str) -> Any:
         onnxruntime = import_onnxruntime()
@@ -117,10 +108,21 @@ class OrtRunner:
         return dict(zip(names, values, strict=True))
 
 
+def remarks(precision: str, provider: str) -> list[str]:
+    """What a user should know of a bundle's precision on a provider."""
+    if precision == "fp16" and provider == "cpu":
+        return ["fp16 on the CPU is computed in float32: no faster than an fp32 bundle"]
+    if precision == "int8" and provider != "cpu":
+        return [f"int8 graphs are for the CPU: on {provider} expect less speed than of fp32 or fp16"]
+    if precision == "int8" and not _has_int8_products():
+        return ["this processor has no int8 dot products (VNNI): int8 is right here, but slow"]
+    return []
+
+
 def _has_int8_products() -> bool:
     """Whether the processor multiplies 8-bit numbers into 32-bit sums; where Linux doesn't say, it is taken to."""
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        words = set(CPUINFO.read_text().split())
     except OSError:
         return True
     return "flags" not in words or bool(words & {"avx512_vnni", "avx_vnni", "amx_int8"})

@@ -1,0 +1,110 @@
+"""Pictures of what was measured."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infexport.errors import InfexportError
+from infexport.gemm import UNITS
+from infexport.measurements import Measured, Report, Row, Spread, limit_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
+"""Okabe and Ito's, told apart by every kind of colour vision."""
+
+
+def check_plot(path: Path) -> None:
+    """Find out before the long work, not after it, that a picture cannot be written.
+
+    Raises:
+        InfexportError: not a .png file, or a place that cannot be written to.
+    """
+    if path.suffix != ".png":
+        raise InfexportError(
+            f"unknown kind of picture: {path}", f"received {path.suffix or 'no suffix'}, expected .png"
+        )
+    if path.is_dir():
+        raise InfexportError(f"the picture is a folder: {path}", hint="name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InfexportError(
+            f"cannot write the picture: {path}", str(error), "choose a --plot that can be written to"
+        ) from error
+
+
+def draw_scaling(report: Report, path: Path) -> None:
+    """Draw time and peak memory against tokens, log-log, with the machine's limit; 1500x640 pixels."""
+    from matplotlib.figure import Figure  # no pyplot: no window system is asked for
+
+    rows = sorted(report.rows, key=lambda row: row.tokens)
+    measured = [(row, row.measured) for row in rows if row.measured is not None]
+    figure = Figure(figsize=(10, 4.3), dpi=150, layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    _draw_time(time, report, rows, measured)
+    tokens = [row.tokens for row, _ in measured]
+    memory.plot(tokens, [m.peak_memory / 1e6 for _, m in measured], "o-", color=BLUE, markersize=5)
+    memory.set_ylabel("peak resident memory, MB")
+    for axes in (time, memory):
+        _dress(axes, rows)
+    manifest, machine = report.manifest, report.machine
+    figure.suptitle(
+        f"{manifest.config['variant']}, {manifest.precision}{', folded' if manifest.folded else ''}, "
+        f"batch {rows[0].batch}, on {machine['cores']} cores ({machine['cpu']})",
+        fontsize=11,
+    )
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _draw_time(axes: Axes, report: Report, rows: Sequence[Row], measured: Sequence[tuple[Row, Measured]]) -> None:
+    spreads = [Spread.of(m.seconds) for _, m in measured]
+    axes.errorbar(
+        [row.tokens for row, _ in measured],
+        [s.p50 for s in spreads],
+        yerr=[[s.p50 - s.min for s in spreads], [s.max - s.p50 for s in spreads]],
+        fmt="o-", color=BLUE, markersize=5, capsize=3, label="measured: median, minimum to maximum",
+    )  # fmt: skip
+    # one rate for the whole line: that of the run
+    limits = [limit_of(row.work, row.batch, report.manifest.precision, report.gemm) for row in rows]
+    rates = ", ".join(f"{kind} {rate.p50:.0f} {UNITS[kind]}" for kind, rate in report.rates.items())
+    axes.plot([row.tokens for row in rows], limits, ".--", color=VERMILION, label=f"GEMM limit ({rates})")
+    for row, limit in zip(rows, limits, strict=True):
+        if row.measured is None:
+            axes.plot([row.tokens], [limit], "x", color=VERMILION, markersize=7)
+            axes.annotate(
+                row.status, (row.tokens, limit), (-6, 4), textcoords="offset points", ha="right", color=VERMILION
+            )
+    axes.set_ylabel("time of a batch, seconds")
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
+
+
+def _dress(axes: Axes, rows: Sequence[Row]) -> None:
+    """Logarithmic axes in numbers as people write them, the same sizes below every panel."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axes.set(xscale="log", yscale="log", xlabel="image size in pixels, tokens of an image")
+    low, high = axes.dataLim.intervaly
+    room = max(1.6, math.sqrt(20 * low / high))  # an axis of less than a factor 20 would show noise as a slope
+    axes.set_ylim(low / room, high * room)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 300 else (1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    span = rows[-1].tokens / rows[0].tokens
+    axes.set_xlim(rows[0].tokens / max(1.3, span**0.08), rows[-1].tokens * max(1.3, span**0.08))
+    labelled: list[Row] = []
+    for row in rows:
+        # labels nearer than this would cover each other
+        if not labelled or math.log(row.tokens / labelled[-1].tokens) >= math.log(span) / 8:
+            labelled.append(row)
+    axes.set_xticks([row.tokens for row in labelled], [f"{row.name}\n{row.tokens:,}" for row in labelled])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)

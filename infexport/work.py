@@ -1,0 +1,69 @@
+"""What a model has to multiply: the least time it can take on a machine whose matrix products are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of the matrix products in the encoder, for one image.
+
+    Left out is what an image costs once, whatever its size, and the patch embedding.
+
+    Attributes:
+        dense: of tokens with weights.
+        attention: of tokens with tokens; float32 in bundles of every precision.
+    """
+
+    dense: int
+    attention: int
+
+    def seconds(self, dense_rate: float, attention_rate: float) -> float:
+        """The time it takes at two rates, in multiply-adds per second."""
+        return self.dense / dense_rate + self.attention / attention_rate
+
+
+def work_of(config: Mapping[str, Any], folded: bool, tokens: int) -> Work:
+    """The work for an image of so many tokens.
+
+    Args:
+        config: the fields of `infvit.InfViTConfig`, as a manifest records them.
+        folded: with the exact rewrites of `infvit.fold`.
+        tokens: N, one for every patch and the class token.
+    """
+    first, last = _folded(config, tokens) if folded else _plain(config, tokens)
+    layers = config["depth"] - 1
+    return Work(tokens * (layers * first.dense + last.dense), tokens * (layers * first.attention + last.attention))
+
+
+def _plain(config: Mapping[str, Any], tokens: int) -> tuple[Work, Work]:
+    """Of one token, in a layer before the last and in the last."""
+    width = config["embed_dim"]
+    # queries, keys, values, the output projection, perhaps a second one; the MLP
+    dense = (5 if config.get("attention_dense") else 4) * width**2 + 2 * width * config["mlp_dim"]
+    layer = Work(dense, _terms(config) * 2 * tokens * width)
+    return layer, layer
+
+
+def _folded(config: Mapping[str, Any], tokens: int) -> tuple[Work, Work]:
+    """Of one token, in a layer before the last and in the last, whose MLP and output are the class token's alone."""
+    width = config["embed_dim"]
+    mlp = 2 * width * config["mlp_dim"]
+    if config["variant"] == "linear_infsa":  # queries alone meet every token
+        return Work(width**2 + mlp, 0), Work(width**2, 0)
+    attention = _terms(config) * 2 * tokens * width
+    first = Work(4 * width**2 + mlp, attention)  # a second output projection is merged with the first
+    if config["variant"] == "pure_infsa" and _terms(config) == 1:
+        return first, Work(2 * width**2, tokens * width)  # queries and keys, for the norm of A
+    return first, Work(3 * width**2, attention)
+
+
+def _terms(config: Mapping[str, Any]) -> int:
+    """Sweeps over all pairs of tokens: each forms A and applies it."""
+    if config["variant"] == "linear_infsa":
+        return 0
+    terms: int = config["neumann_terms"] if config["variant"] == "pure_infsa" else 1
+    return terms
