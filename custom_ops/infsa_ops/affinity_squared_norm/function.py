@@ -39,17 +39,14 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
     """The operator in standard ONNX operators of version `opset`, for tokens of `dtype`."""
 
     def trace(op: Any, q: ir.Value, k: ir.Value) -> ir.Value:
+        cut = tiles.tiling(op, q, dtype)
         q, k, unit = tiles.scaled(op, q, k, dtype)
-        queries, _ = tiles.split(op, q)
 
-        def tile(op: Any, energy: ir.Value, query: ir.Value) -> list[ir.Value]:
-            affinity = op.Cast(op.Relu(op.MatMul(query, k)), to=ir.DataType.FLOAT)
-            # a scan must give something for every tile: the rows' own sums, which nobody reads
-            by_row = op.ReduceSumSquare(affinity, [-1], keepdims=1)
-            return [op.Add(energy, op.ReduceSum(by_row, [-2], keepdims=1)), by_row]
+        def step(op: Any, query: ir.Value, keys: ir.Value) -> list[ir.Value]:
+            return [tiles.squares(op, op.Relu(op.MatMul(query, keys)))]
 
-        energy, _ = tiles.scan(op, "squares", tile, queries, dtype)
-        return op.Squeeze(op.Mul(energy, op.Mul(unit, unit)), [-2, -1])
+        (squares,) = tiles.scan(op, "squares", cut, step, 1, q, k)
+        return op.Squeeze(op.Mul(tiles.total(op, cut, squares), op.Mul(unit, unit)), [-2, -1])
 
     inputs = [ir.Value(name=name) for name in ("q", "k")]
     return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})

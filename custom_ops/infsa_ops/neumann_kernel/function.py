@@ -79,28 +79,25 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
     product, as_values = (_half_product, _to_half) if half else (_product, _as_they_are)
 
     def trace(op: Any, q: ir.Value, k: ir.Value, v: ir.Value, rho: ir.Value) -> ir.Value:
+        cut = tiles.tiling(op, q, dtype)
         q, k, unit = tiles.scaled(op, q, k, dtype)
-        queries, n = tiles.split(op, q)
         values, values_unit = as_values(op, v, dtype)
 
-        def first(op: Any, energy: ir.Value, query: ir.Value) -> list[ir.Value]:
-            affinity = op.Relu(op.MatMul(query, k))
-            exact = op.Cast(affinity, to=ir.DataType.FLOAT)
-            # along rows, then over rows: one float32 sum over all squares is off by 1e-4 at N = 4097
-            by_row = op.ReduceSumSquare(exact, [-1], keepdims=1)
-            return [op.Add(energy, op.ReduceSum(by_row, [-2], keepdims=1)), product(op, affinity, values)]
+        def first(op: Any, query: ir.Value, keys: ir.Value, values: ir.Value) -> list[ir.Value]:
+            affinity = op.Relu(op.MatMul(query, keys))
+            return [tiles.squares(op, affinity), product(op, affinity, values)]
 
-        def following(op: Any, energy: ir.Value, query: ir.Value) -> list[ir.Value]:
-            return [op.Identity(energy), product(op, op.Relu(op.MatMul(query, k)), values)]
+        def following(op: Any, query: ir.Value, keys: ir.Value, values: ir.Value) -> list[ir.Value]:
+            return [product(op, op.Relu(op.MatMul(query, keys)), values)]
 
-        energy, weighted = tiles.scan(op, "first", first, queries, dtype)
-        norm = op.Add(op.Sqrt(energy), op.Div(EPSILON, unit))
+        squares, weighted = tiles.scan(op, "first", cut, first, 2, q, k, values)
+        norm = op.Add(op.Sqrt(tiles.total(op, cut, squares)), op.Div(EPSILON, unit))
         scale = op.Div(op.Reshape(op.Cast(rho, to=ir.DataType.FLOAT), [1, -1, 1, 1]), norm)
-        total = values = op.Mul(tiles.join(op, weighted, v, n), op.Mul(scale, values_unit))
+        total = values = op.Mul(tiles.join(op, cut, weighted, v), op.Mul(scale, values_unit))
         for t in range(2, terms + 1):
             values, values_unit = as_values(op, values, dtype)
-            _, weighted = tiles.scan(op, f"term{t}", following, queries, dtype)
-            values = op.Mul(tiles.join(op, weighted, v, n), op.Mul(scale, values_unit))
+            (weighted,) = tiles.scan(op, f"term{t}", cut, following, 1, q, k, values)
+            values = op.Mul(tiles.join(op, cut, weighted, v), op.Mul(scale, values_unit))
             total = op.Add(total, values)
         return op.Cast(total, to=dtype)
 
