@@ -36,7 +36,7 @@ def test_one_graph_serves_every_batch_and_size(name, golden_bundle):
 def test_a_model_over_2_gb_goes_through_external_data(infexport, tmp_path):
     """The paper's 24 layers, widened: 2.2 GB of float32."""
     config = InfViTConfig(
-        variant="pure_infsa", image_size=32, patch_size=16, depth=24, embed_dim=1344, num_heads=16, mlp_dim=5376,
+        variant="pure_infsa", image_size=32, patch_size=16, depth=24, embed_dim=1408, num_heads=16, mlp_dim=5376,
         num_classes=10, norm_eps=1e-12, attention_dense=True,
     )  # fmt: skip
     with torch.device("meta"):
