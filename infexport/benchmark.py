@@ -17,6 +17,7 @@ from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.machine import cpu_model, usable_cores
 from infexport.measurements import Measured, Report, Row, limit_of
+from infexport.transform import check_whole_patches
 from infexport.work import work_of
 
 DEFAULT_SIDES = (224, 512, 1024, 2048, 4096)
@@ -33,17 +34,10 @@ def sizes_for(bundle: Bundle, asked: Sequence[tuple[int, int]] | None = None) ->
     """
     patch = bundle.manifest.config["patch_size"]
 
-    def nearest(side: int) -> int:
-        return max(1, round(side / patch)) * patch
-
     for height, width in asked or ():
-        if height % patch or width % patch:
-            raise InfexportError(
-                f"size {height}x{width} is not a whole number of patches",
-                f"the patch is {patch} pixels",
-                f"for example --sizes {nearest(height)}x{nearest(width)}",
-            )
-    return list(dict.fromkeys(asked or [(nearest(side), nearest(side)) for side in DEFAULT_SIDES]))
+        check_whole_patches(height, width, patch)
+    default = [max(1, round(side / patch)) * patch for side in DEFAULT_SIDES]
+    return list(dict.fromkeys(asked or [(side, side) for side in default]))
 
 
 def benchmark(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infexport.errors import InfexportError
 from infexport.gemm import UNITS
 from infexport.measurements import Measured, Report, Row, Spread, limit_of
+from infexport.outputs import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,20 +24,7 @@ def check_plot(path: Path) -> None:
     Raises:
         InfexportError: not a .png file, or a place that cannot be written to.
     """
-    if path.suffix != ".png":
-        raise InfexportError(
-            f"unknown kind of picture: {path}", f"received {path.suffix or 'no suffix'}, expected .png"
-        )
-    if path.is_dir():
-        raise InfexportError(f"the picture is a folder: {path}", hint="name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InfexportError(
-            f"cannot write the picture: {path}", str(error), "choose a --plot that can be written to"
-        ) from error
+    check_writable(path, "picture", (".png",), "choose a --plot that can be written to")
 
 
 def draw_scaling(report: Report, path: Path) -> None:

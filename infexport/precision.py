@@ -136,7 +136,8 @@ def to_int8(model: ImageModel, calibration: Iterable[Tensor] | None = None) -> I
             of a call.
     """
     observed = token_layers(model, [_example(model)] if calibration is None else calibration)
-    layers = {layer: inputs for layer, inputs in observed.items() if layer not in _pixel_layers(model)}
+    pixels = _pixel_layers(model)
+    layers = {layer: inputs for layer, inputs in observed.items() if layer not in pixels}
     if calibration is None:
         return replaced(model, {layer: Int8Linear(layer) for layer in layers})
     return replaced(model, {layer: Int8Linear(layer, (met.low, met.high), met.mean) for layer, met in layers.items()})

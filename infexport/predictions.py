@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
+from infexport.outputs import check_writable
 
 SUFFIXES = (".json", ".csv", ".npz")
 
@@ -66,21 +67,7 @@ def check_output(path: Path) -> None:
     Raises:
         InfexportError: an unknown suffix, or a place that cannot be written to.
     """
-    if path.suffix not in SUFFIXES:
-        raise InfexportError(
-            f"unknown kind of output: {path}",
-            f"received {path.suffix or 'no suffix'}, expected {', '.join(SUFFIXES)}",
-        )
-    if path.is_dir():
-        raise InfexportError(f"the output is a folder: {path}", hint="name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InfexportError(
-            f"cannot write the output: {path}", str(error), "choose an --output that can be written to"
-        ) from error
+    check_writable(path, "output", SUFFIXES, "choose an --output that can be written to")
 
 
 @dataclass(frozen=True)

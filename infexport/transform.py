@@ -77,6 +77,21 @@ def normalise(images: NDArray[np.uint8], preprocessing: dict[str, Any]) -> NDArr
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
+def check_whole_patches(height: int, width: int, patch: int) -> None:
+    """Refuse a size asked for by `--sizes` whose sides are no multiples of the patch, in pixels.
+
+    Raises:
+        InfexportError: names the nearest that would do.
+    """
+    if height % patch or width % patch:
+        nearest = (max(1, round(side / patch)) * patch for side in (height, width))
+        raise InfexportError(
+            f"size {height}x{width} is not a whole number of patches",
+            f"the patch is {patch} pixels",
+            f"for example --sizes {'x'.join(map(str, nearest))}",
+        )
+
+
 def fit(
     image: Pixels,
     patch_size: int,

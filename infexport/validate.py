@@ -18,7 +18,7 @@ from infexport.parity import Comparison, Tolerance, compare, tolerance_for
 from infexport.runners import Runner
 from infexport.runners.ort import OrtRunner
 from infexport.runners.torch import TorchRunner
-from infexport.transform import fit, transform_of
+from infexport.transform import check_whole_patches, fit, transform_of
 from infvit.checkpoint import Checkpoint, load_checkpoint
 from infvit.errors import CheckpointError
 
@@ -178,13 +178,7 @@ def validate(
     """
     patch = bundle.manifest.config["patch_size"]
     for height, width in sizes:
-        if height % patch or width % patch:
-            nearest = (max(1, round(side / patch)) * patch for side in (height, width))
-            raise InfexportError(
-                f"size {height}x{width} is not a whole number of patches",
-                f"the patch is {patch} pixels",
-                f"for example --sizes {'x'.join(map(str, nearest))}",
-            )
+        check_whole_patches(height, width, patch)
     checkpoint = load_recorded(checkpoint_path, bundle)
     tolerance = tolerance_for(bundle.manifest.precision, bundle.manifest.config["depth"])
     mean, std = bundle.manifest.preprocessing["mean"], bundle.manifest.preprocessing["std"]

@@ -84,13 +84,18 @@ def golden_error(name: str, folder: Path, precision: str) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(io["logits_f64"]))
 
 
-def digits_errors(name: str, folder: Path, options: list[str]) -> str:
-    """A zoo model on every held-out digit, PNG in and npz out, against PyTorch in float64."""
-    train, _, images, labels = train_digits.digits()
+def write_digits(folder: Path) -> None:
+    """512 training digits, to calibrate with, and the held-out ones, as PNG."""
+    train, _, images, _ = train_digits.digits()
     for kind, array in (("train", train[:512]), ("held-out", images)):
-        (folder / kind).mkdir(exist_ok=True)
+        (folder / kind).mkdir()
         for i, image in enumerate(array):
             Image.fromarray(image).save(folder / kind / f"{i:03}.png")
+
+
+def digits_errors(name: str, folder: Path, options: list[str]) -> str:
+    """A zoo model on every held-out digit, PNG in and npz out, against PyTorch in float64: with `write_digits`."""
+    _, _, images, labels = train_digits.digits()
     calibrate = ["--calibrate", folder / "train"] if "calibrated" in options else []
     told = ["--precision", options[0], *calibrate, "--force", "-o", folder / "bundle"]
     for command in (
@@ -119,6 +124,7 @@ def main() -> None:
         for precision in ("fp32", "fp16", "int8"):
             errors = [golden_error(name, Path(folder), precision) for name in models]
             print(f"golden models, {precision}: {len(errors)}, worst relative error {max(errors):.2g}", flush=True)
+        write_digits(Path(folder))
         for name in ("digits-linear", "digits-pure"):
             for options in (["fp32"], ["fp16"], ["int8"], ["int8", "calibrated"]):
                 print(digits_errors(name, Path(folder), options), flush=True)

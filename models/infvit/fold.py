@@ -47,13 +47,7 @@ class FoldedLinearAttention(nn.Module):
         heads = attention.num_heads
         scale = 1 / math.sqrt(tokens.shape[-1] // heads)
         queries = attention.q_proj(tokens).unflatten(-1, (heads, -1)).transpose(1, 2) * scale
-        batch, _, _, head_dim = queries.shape
-        mass, moment = infsa_ops.linear_state_update(
-            torch.linalg.vector_norm(queries, dim=-1),
-            queries,
-            queries.new_zeros(batch, heads),
-            queries.new_zeros(batch, heads, head_dim),
-        )
+        mass, moment = _sums(torch.linalg.vector_norm(queries, dim=-1), queries)
         mean_query = moment / (mass[..., None] + EPSILON) * scale
         # one key direction per head, [B, H, E], instead of N keys
         key = (mean_query[..., None, :] @ attention.k_proj.weight.unflatten(0, (heads, -1)))[..., 0, :]
@@ -65,15 +59,17 @@ class FoldedLinearAttention(nn.Module):
         return attention.project_out(mixed.flatten(1)[:, None])
 
 
+def _sums(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ wₙ `[B, H]` and Σ wₙxₙ `[B, H, d]` of weights `[B, H, N]` and values `[B, G, N, d]`: a state from nothing."""
+    batch, heads, _ = weights.shape
+    mass, moment = values.new_zeros(batch, heads), values.new_zeros(batch, heads, values.shape[-1])
+    return infsa_ops.linear_state_update(weights, values, mass, moment)
+
+
 def _weighted_values(attention: Attention, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Σ wₙ `[B, H]` and Σ wₙvₙ `[B, H, d]` of weights `[B, H, N]` by rewrite 2: through the tokens `[B, N, E]`."""
-    batch, heads, _ = weights.shape
-    mass, moment = infsa_ops.linear_state_update(
-        weights,
-        tokens[:, None],
-        tokens.new_zeros(batch, heads),
-        tokens.new_zeros(batch, heads, tokens.shape[-1]),
-    )
+    heads = weights.shape[1]
+    mass, moment = _sums(weights, tokens[:, None])
     value = (attention.v_proj.weight.unflatten(0, (heads, -1)) @ moment[..., None])[..., 0]
     if attention.v_proj.bias is not None:
         value = value + attention.v_proj.bias.unflatten(0, (heads, -1)) * mass[..., None]

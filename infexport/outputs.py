@@ -1,0 +1,36 @@
+"""Files that a command is to write."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from infexport.errors import InfexportError
+
+
+def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) -> None:
+    """Find out before the long work, not after it, that a file cannot be written. Its folder is made.
+
+    Args:
+        path: the file.
+        kind: what it is, for people.
+        suffixes: it may end in.
+        hint: where it cannot be written to.
+
+    Raises:
+        InfexportError: an unknown suffix, or a place that cannot be written to.
+    """
+    if path.suffix not in suffixes:
+        raise InfexportError(
+            f"unknown kind of {kind}: {path}",
+            f"received {path.suffix or 'no suffix'}, expected {', '.join(suffixes)}",
+        )
+    if path.is_dir():
+        raise InfexportError(f"the {kind} is a folder: {path}", hint="name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error
