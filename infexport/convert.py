@@ -22,6 +22,7 @@ from infexport.image_model import ImageModel
 from infexport.images import read_image
 from infexport.manifest import LABELS, MODEL, Manifest
 from infexport.precision import to_fp16, to_int8
+from infexport.stages import export_stages
 from infexport.transform import fit, normalise, transform_of
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
@@ -113,6 +114,7 @@ def convert(
         model = _image_model(network, preprocessing, options, progress)
         status("exporting to ONNX")
         _export(model, folder / MODEL)
+        stages = export_stages(model, folder / MODEL) if options.fold else None
         status("hashing")
         manifest = Manifest(
             config=network.config.to_dict(),
@@ -131,6 +133,7 @@ def convert(
             versions=_versions(),
             files={},  # seal fills it in
             calibration={"images": len(options.calibrate)} if options.calibrate else None,
+            stages=stages,
         )
         seal(folder, manifest)
     return open_bundle(output)

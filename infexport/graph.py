@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -85,14 +85,18 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def export_model(
+def program_of(
     module: torch.nn.Module,
     args: tuple[Any, ...],
     dynamic_shapes: Any = None,
-    input_names: list[str] | None = None,
-    output_names: list[str] | None = None,
-) -> ir.Model:
-    """What `export` returns, as an `onnx_ir.Model` whose weights stay torch's (no copy, no 2 GB limit)."""
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    optimize: bool = True,
+) -> torch.onnx.ONNXProgram:
+    """What `torch.onnx.export` makes of a module in eval mode, its operators nodes without bodies.
+
+    Without `optimize`, initializers are the module's own parameters and buffers, by their names.
+    """
     import torch
 
     from infexport import int8_linear
@@ -112,9 +116,21 @@ def export_model(
             input_names=input_names,
             output_names=output_names,
             verbose=False,
+            optimize=optimize,
         )
     assert program is not None
-    return attach_bodies(program.model)
+    return program
+
+
+def export_model(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> ir.Model:
+    """What `export` returns, as an `onnx_ir.Model` whose weights stay torch's (no copy, no 2 GB limit)."""
+    return attach_bodies(program_of(module, args, dynamic_shapes, input_names, output_names).model)
 
 
 def export(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None) -> onnx.ModelProto:

@@ -44,12 +44,15 @@ class ImageModel(nn.Module):
     def input_name(self) -> str:
         return "image" if self.takes == "uint8" else "pixels"
 
+    def normalised(self, image: Tensor) -> Tensor:
+        """What the patch embedding takes, of what the bundle takes."""
+        if self.takes == "float32":
+            return image
+        # cast before anything else: TensorRT takes uint8 as an input and knows only Cast for it
+        image = image.to(self.mean.dtype)
+        return image if self.folded else (image.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` and features `[B, E]`."""
-        if self.takes == "uint8":
-            # cast before anything else: TensorRT takes uint8 as an input and knows only Cast for it
-            image = image.to(self.mean.dtype)
-            if not self.folded:
-                image = (image.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-        features = self.network.forward_features(image)
+        features = self.network.forward_features(self.normalised(image))
         return self.network.head(features), features

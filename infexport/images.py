@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,8 +127,7 @@ def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _grey_16_bit(image, path).convert("RGB")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return over_white(image)
     if image.mode == "CMYK" and image.info.get("icc_profile"):
         try:
             inks = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
@@ -138,6 +138,17 @@ def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     return image.convert("RGB")
 
 
+def over_white(image: Image.Image) -> Image.Image:
+    """An image with transparency, of any mode, over white: RGB."""
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def grey_to_8_bits(values: NDArray[Any], white: int) -> Pixels:
+    """Whole numbers from 0 to `white`, scaled to 0 to 255 and rounded."""
+    return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+
+
 def _grey_16_bit(image: Image.Image, path: Path | str) -> Image.Image:
     """To 8 bits by scaling; Pillow's own convert clips at 255."""
     values = np.asarray(image)
@@ -146,7 +157,7 @@ def _grey_16_bit(image: Image.Image, path: Path | str) -> Image.Image:
         raise _no_8_bit(path, f"32-bit integers from {low} to {high}")
     tags = getattr(image, "tag_v2", {})
     white = 4095 if tags.get(_TIFF_BITS) == (12,) else 65535  # Pillow unpacks 12-bit TIFF without scaling it
-    grey = ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    grey = grey_to_8_bits(values, white)
     if tags.get(_TIFF_PHOTOMETRIC) == 0:  # "white is zero": Pillow inverts only 8 bits
         grey = 255 - grey
     if isinstance(image.info.get("transparency"), int):

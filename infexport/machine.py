@@ -44,3 +44,28 @@ def peak_memory() -> int:
     # on Linux a child starts from its parent's value, even after exec; hence the file
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int:
+    """Bytes that this process can have without swapping, as the system and its control group say."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            # files that are merely cached make room
+            cached = next(
+                int(line.split()[1])
+                for line in (group / "memory.stat").read_text().splitlines()
+                if line.startswith("inactive_file ")
+            )
+            found.append(int(limit) - int((group / "memory.current").read_text()) + cached)
+    except (OSError, ValueError, StopIteration):
+        pass
+    return max(0, min(found))

@@ -20,6 +20,22 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One graph of a streamed run (`infvit.sweeps`).
+
+    Attributes:
+        graph: the file.
+        over: what it is called for, as of `infvit.sweeps.Sweep`.
+        inputs, outputs: names, as the graph has them.
+    """
+
+    graph: str
+    over: str
+    inputs: list[str]
+    outputs: list[str]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle says of itself.
 
@@ -41,6 +57,7 @@ class Manifest:
         files: name → SHA-256 of every file of the bundle but the manifest and the engines.
         calibration: for `int8` with fixed ranges of activations: the number of `images` that fixed them; None where
             ranges are found at run time.
+        stages: the graphs of a streamed run, in order; None where the graph is not folded.
     """
 
     config: dict[str, Any]
@@ -59,11 +76,12 @@ class Manifest:
     files: dict[str, str]
     format: int = FORMAT
     calibration: dict[str, Any] | None = None
+    stages: list[Stage] | None = None
 
     @property
     def graph(self) -> dict[str, str]:
         """The part of `files` an engine is built from."""
-        return {name: digest for name, digest in self.files.items() if name != LABELS}
+        return {name: digest for name, digest in self.files.items() if name.startswith(MODEL)}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -108,6 +126,8 @@ def read_manifest(file: Path) -> Manifest:
             f"missing, unknown or not understood: {', '.join(wrong)}",
             "convert the checkpoint again",
         )
+    if values.get("stages") is not None:
+        values["stages"] = [Stage(**stage) for stage in values["stages"]]
     return Manifest(**values)
 
 
@@ -130,6 +150,14 @@ def _numbers(value: Any) -> bool:
     )
 
 
+def _stage(value: Any) -> bool:
+    def names(field: str) -> bool:
+        return isinstance(value[field], list) and all(isinstance(name, str) for name in value[field])
+
+    known = {field.name for field in dataclasses.fields(Stage)}
+    return isinstance(value, dict) and value.keys() == known and names("inputs") and names("outputs")
+
+
 _INTEGERS = ("image_size", "patch_size", "depth", "embed_dim", "num_heads", "mlp_dim", "num_classes", "neumann_terms")
 _CHECKS = {
     "config": lambda v: isinstance(v, dict) and "variant" in v and all(_positive(v.get(name)) for name in _INTEGERS),
@@ -150,6 +178,7 @@ _CHECKS = {
     "precision": lambda v: v in PRECISIONS,
     "calibration": lambda v: v is None or (isinstance(v, dict) and _positive(v.get("images"))),
     "input": lambda v: v in ("uint8", "float32"),
+    "stages": lambda v: v is None or (isinstance(v, list) and all(map(_stage, v))),
     "parameters": _positive,
     "rho": lambda v: v is None or isinstance(v, float),
     "format": _positive,

@@ -30,6 +30,8 @@ class Prediction:
         padded_share: share of the pixels that are not the image's.
         logits: `[classes]` float32.
         features: `[E]` float32.
+        execution: `whole`, or how it was streamed.
+        rounding: relative error of one rounding of the tokens that were kept in float16; 0 where none were.
     """
 
     file: str
@@ -37,6 +39,8 @@ class Prediction:
     padded_share: float
     logits: NDArray[np.float32]
     features: NDArray[np.float32]
+    execution: str = "whole"
+    rounding: float = 0.0
 
     def top_k(self, k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
         """The k likeliest classes, likeliest first: `index`, `label` and `probability` (softmax, float64)."""
@@ -57,6 +61,8 @@ class Prediction:
             "file": self.file,
             "grid": list(self.grid),
             "padded_share": self.padded_share,
+            "execution": self.execution,
+            **({"rounding": self.rounding} if self.rounding else {}),
             "top": self.top_k(k, labels),
         }
 

@@ -114,21 +114,41 @@ def fit(
     Raises:
         InfexportError: cutting leaves nothing, or an array or a size it cannot take.
     """
+    image = resized(image, size, transform)
+    height, width = image.shape[:2]
+    rows, columns = patches_of(height, width, patch_size, edge)
+    return _complete(image, rows * patch_size, columns * patch_size)
+
+
+def resized(image: Pixels, size: Literal["trained", "native"] | int, transform: EvalTransform) -> Pixels:
+    """The first half of `fit`: an image by the transform, its sides not yet whole patches.
+
+    Raises:
+        InfexportError: an array or a size it cannot take.
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         details = f"received {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3], not empty"
         raise InfexportError("not an RGB image array", details, "read files with read_image")
-    height, width = image.shape[:2]
-    if size != "native":
-        transform = transform if size == "trained" else transform.at(size)
-        height = width = transform.crop_size
-        if height * width > pixel_limit():
-            raise too_large("the resized image", f"{height}x{width}", pixel_limit())
-        image = _resize_and_crop(image, transform)
-    patches = [(side + patch_size - 1 if edge == "pad" else side) // patch_size for side in (height, width)]
-    if 0 in patches:
+    if size == "native":
+        return image
+    transform = transform if size == "trained" else transform.at(size)
+    side = transform.crop_size
+    if side * side > pixel_limit():
+        raise too_large("the resized image", f"{side}x{side}", pixel_limit())
+    return _resize_and_crop(image, transform)
+
+
+def patches_of(height: int, width: int, patch_size: int, edge: Edge) -> tuple[int, int]:
+    """Patches along both sides of an image, the last ones completed (`pad`) or cut off (`crop`).
+
+    Raises:
+        InfexportError: cutting leaves nothing.
+    """
+    rows, columns = ((side + patch_size - 1 if edge == "pad" else side) // patch_size for side in (height, width))
+    if not rows or not columns:
         details = f"received {height}x{width}; cropping needs at least {patch_size}x{patch_size}"
         raise InfexportError("image smaller than one patch", details, "--edge pad completes it")
-    return _complete(image, patches[0] * patch_size, patches[1] * patch_size)
+    return rows, columns
 
 
 def _complete(image: Pixels, height: int, width: int) -> Fitted:

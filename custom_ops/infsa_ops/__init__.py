@@ -1,5 +1,6 @@
 """The operators of Infinite Self-Attention (arXiv 2603.00175): torch ops that reach ONNX as nodes of domain `infsa`."""
 
+from infsa_ops.affinity_product import affinity_product
 from infsa_ops.affinity_squared_norm import affinity_squared_norm
 from infsa_ops.common import EPSILON
 from infsa_ops.linear_state import linear_attention, linear_state_update
@@ -11,7 +12,7 @@ DOMAIN = "infsa"
 VERSION = 1
 """Version of the ONNX domain."""
 
-ALL = ("linear_state", "neumann_kernel", "affinity_squared_norm")
+ALL = ("linear_state", "neumann_kernel", "affinity_squared_norm", "affinity_product")
 """The operators, a folder each. A new one is a folder with the same file names and a name here."""
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DOMAIN",
     "EPSILON",
     "VERSION",
+    "affinity_product",
     "affinity_squared_norm",
     "linear_attention",
     "linear_state_update",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -58,6 +60,45 @@ class Output:
         """A bar on stderr with an `update(n)`; click hides it where stderr is no terminal."""
         with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
             yield bar
+
+
+class Sweeps:
+    """The sweeps of streamed images on stderr, with rate and time left: a line that changes on a terminal, else one now
+    and then.
+
+    Args:
+        out: whose stderr.
+        names: of the stages, in order.
+    """
+
+    EVERY, EVERY_LINE = 0.2, 30.0
+
+    def __init__(self, out: Output, names: Sequence[str]) -> None:
+        self._out, self._names = out, names
+        self._terminal = sys.stderr.isatty()
+        self._at: tuple[str, int] | None = None
+        self._began = self._told = 0.0
+        self._first = 0
+
+    def __call__(self, file: str, stage: int, done: int, total: int) -> None:
+        now = time.monotonic()
+        if (file, stage) != self._at:
+            # what was done before this is not of this run, or the first chunk, whose time is not known
+            self._at, self._began, self._first = (file, stage), now, done
+            self._told = now if not self._terminal else 0.0
+        seconds, finished = now - self._began, done >= total
+        if not finished and now - self._told < (self.EVERY if self._terminal else self.EVERY_LINE):
+            return
+        self._told = now
+        text = f"{Path(file).name}: sweep {stage + 1} of {len(self._names)}, {self._names[stage]}, {done / total:4.0%}"
+        if done > self._first and seconds > 0:
+            rate = (done - self._first) / seconds
+            text += f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left in it"
+        if self._terminal:
+            end = finished and stage + 1 == len(self._names)
+            click.echo(f"\r\x1b[K{'' if end else text}", err=True, nl=False)
+        elif not finished or seconds > self.EVERY_LINE:
+            self._out.status(text)
 
 
 def _finite(value: Any) -> Any:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from infexport.cli.output import Output
+from infexport.cli.output import Output, Sweeps
+from infexport.cli.sizes import Bytes
+
+if TYPE_CHECKING:
+    from infexport.predictions import Prediction
+
+EXECUTIONS = ("auto", "whole", "stream")
 
 
 class Size(click.ParamType[str | int]):
@@ -25,7 +31,7 @@ class Size(click.ParamType[str | int]):
 
 @click.command("run-engine", short_help="Label images with BUNDLE in ONNX Runtime.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a .json, .csv or .npz file.")
 @click.option("--size", type=Size(), metavar="trained|native|N", default="trained", show_default=True,
               help="The recorded evaluation transform, the image as it is, or that transform at N pixels.")  # fmt: skip
@@ -33,6 +39,18 @@ class Size(click.ParamType[str | int]):
               help="Complete the last patch by replicating the edge, or cut it off.")  # fmt: skip
 @click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="Classes shown per image.")
 @click.option("--features", is_flag=True, help="Also write the features, [n, E], to --output or --json.")
+@click.option("--execution", type=click.Choice(EXECUTIONS), default="auto", show_default=True,
+              help="Run the whole graph, or stream: chunk by chunk, in memory that hardly grows.")  # fmt: skip
+@click.option("--memory", type=Bytes(), help="What the process may take, such as 2GiB.  [default: 80% of what is free]")
+@click.option(
+    "--chunk", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens at a time, streamed."
+)
+@click.option("--tokens", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+              help="How tokens are kept while streaming; float16 is half as much, its error is reported.")  # fmt: skip
+@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False),
+              help="Keep tokens on disk, in this folder; a run that is killed goes on there.  [default: only where "
+              "memory is short, in the user's cache]")  # fmt: skip
+@click.option("--clean", is_flag=True, help="First delete what interrupted runs left in the scratch folder.")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True,
               help="Where ONNX Runtime must run; another than asked for is an error.")  # fmt: skip
 @click.option(
@@ -52,6 +70,12 @@ def run_engine(
     edge: Any,
     top_k: int,
     features: bool,
+    execution: Any,
+    memory: int | None,
+    chunk: int,
+    tokens: str,
+    scratch: Path | None,
+    clean: bool,
     provider: str,
     batch_size: int,
     threads: int | None,
@@ -59,32 +83,61 @@ def run_engine(
 ) -> None:
     """Label IMAGES (files or folders) with BUNDLE in ONNX Runtime.
 
-    An image that cannot be read doesn't stop the others: it is reported, and the exit code is 1. Images of more than
-    2^30 pixels are refused; the environment variable INFEXPORT_MAX_PIXELS sets another limit.
+    An image that cannot be read doesn't stop the others: it is reported, and the exit code is 1. An image that is
+    larger than memory is streamed with --size native (extra 'stream'; 'slides' for OpenSlide's formats). One that must
+    be decoded whole may have 2^30 pixels; the environment variable INFEXPORT_MAX_PIXELS sets another limit.
     """
     from infexport.bundle import open_bundle
+    from infexport.execution import Policy
     from infexport.images import find_images
+    from infexport.machine import available_memory
     from infexport.predictions import Results, check_output
-    from infexport.run import run
-    from infexport.runners.ort import OrtRunner, remarks
+    from infexport.run import Listener, Request, Run
+    from infexport.runners.ort import remarks
+    from infexport.stream import scratch as scratches
     from infexport.summary import warnings_of
 
     out = Output(as_json)
     if features and not (output or as_json):
         raise click.UsageError("--features needs --output FILE or --json: there is nowhere to write them")
+    if not images and not clean:
+        raise click.UsageError("missing argument 'IMAGES...': files or folders")
+    if scratch is not None and execution == "whole":
+        raise click.UsageError("--scratch is for streaming: leave out --execution whole")
     opened = open_bundle(bundle)
+    if clean:
+        out.status(f"freed {scratches.clean(scratch or scratches.default_scratch()) / 1e9:.2f} GB")
+        if not images:
+            return
     files = find_images(images)
     if output is not None:
         check_output(output)
     warnings = warnings_of(opened.manifest)
     for line in warnings:
         out.warning(line)
-    with OrtRunner(opened, provider, threads) as runner:
-        out.status(f"running on {runner.provider} with {opened.manifest.precision}")
-        for line in remarks(opened.manifest.precision, runner.provider):
-            out.warning(line)
-        with out.progress(len(files), "images") as bar:
-            answers, failures = run(opened, runner, files, size, edge, batch_size, bar.update)
+    limit = int(0.8 * available_memory()) if memory is None else memory
+    policy = Policy(execution, limit, scratch, chunk, tokens == "float16")
+    request = Request(policy, size, edge, batch_size, provider, threads)
+    names = [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in opened.manifest.stages or ()]
+    told: set[str] = set()
+    with out.progress(len(files), "images") as bar:
+
+        class Told(Listener):
+            sweep = staticmethod(Sweeps(out, names))
+
+            def image(self, done: int) -> None:
+                bar.update(done)
+
+            def status(self, message: str) -> None:
+                out.status(message)
+
+            def running(self, provider: str) -> None:
+                out.status(f"running on {provider} with {opened.manifest.precision}")
+                for line in set(remarks(opened.manifest.precision, provider)) - told:
+                    told.add(line)
+                    out.warning(line)
+
+        answers, failures = Run(opened, request, Told())(files)
     config = opened.manifest.config
     shape = config["num_classes"], config["embed_dim"]
     results = Results(answers, failures, opened.labels, warnings, top_k, features, shape)
@@ -92,11 +145,22 @@ def run_engine(
         results.write(output)
         out.status(f"wrote {output}")
     for answer in answers:
-        padded = f"  ({answer.padded_share:.1%} of the pixels are padding)" if answer.padded_share else ""
-        out.data(f"{answer.file}{padded}")
+        out.data(answer.file + _remarks(answer))
         for top in answer.top_k(top_k, results.labels):
             out.data(f"  {top['probability']:7.2%}  {top['label']}")
     out.document(results.to_dict())
     for failure in failures:
         out.error(failure.error)
     raise click.exceptions.Exit(1 if failures else 0)
+
+
+def _remarks(answer: Prediction) -> str:
+    """What a person should know of how an answer came about."""
+    said = []
+    if answer.padded_share:
+        said.append(f"{answer.padded_share:.1%} of the pixels are padding")
+    if answer.execution != "whole":
+        said.append(answer.execution)
+    if answer.rounding:
+        said.append(f"each time by a relative error of {answer.rounding:.1e}")
+    return f"  ({'; '.join(said)})" if said else ""

@@ -1,10 +1,34 @@
-"""Sizes of images on the command line."""
+"""Sizes on the command line: of images in pixels, of memory in bytes."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
+
+UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+class Bytes(click.ParamType[int]):
+    """An amount of memory, `4GiB`, `800MB` or a number of bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
+        unit = next((UNITS[name] for name in UNITS if found and name.lower() == found[2].lower()), None)
+        if found is None or unit is None or float(found[1]) * unit < 1:
+            self.fail(
+                f"{value!r} is no amount of memory; expected a number and a unit, such as 4GiB or 800MB", param, ctx
+            )
+        return int(float(found[1]) * unit)
 
 
 class Sizes(click.ParamType[list[tuple[int, int]]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.extras import require
+from infexport.manifest import Stage
 from infexport.transform import normalise
 
 PROVIDERS = {
@@ -44,48 +46,8 @@ class OrtRunner:
         self._session: Any = None
 
     def __enter__(self) -> Self:
-        available = import_onnxruntime().get_available_providers()
-        choices = candidates(self.provider, available)
-        for provider in choices:
-            try:
-                self._session = self._start(provider)
-            except InfexportError:
-                if provider == choices[-1]:
-                    raise
-                continue
-            if self._session.get_providers()[:1] == [PROVIDERS[provider]]:
-                self.provider = provider
-                return self
-        # ONNX Runtime falls back to the CPU with no more than a log line
-        got = self._session.get_providers()
-        raise InfexportError(
-            f"asked for {PROVIDERS[self.provider]}, ONNX Runtime gave {got[0] if got else 'nothing'}",
-            f"the session's providers: {', '.join(got) or 'none'}",
-            "the driver, CUDA 13 or cuDNN 9 is missing or does not fit (infexport doctor), or use --provider cpu",
-        )
-
-    def _start(self, provider: str) -> Any:
-        onnxruntime = import_onnxruntime()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if not _has_int8_products():
-            # there the uint8 by int8 kernels of x86 saturate: take the exact ones, at half the speed
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
-        try:
-            return onnxruntime.InferenceSession(
-                self.bundle.model,
-                sess_options=options,
-                providers=[PROVIDERS[provider]],
-                enable_fallback=0,  # its own fallback prints to stdout and may come in the middle of a run
-            )
-        except Exception as error:  # ONNX Runtime raises its own kinds, which share no base but Exception
-            raise InfexportError(
-                f"ONNX Runtime cannot load {self.bundle.model}",
-                str(error),
-                "convert the checkpoint again; infexport doctor shows what this machine can run",
-            ) from error
+        self._session, self.provider = open_session(self.bundle.model, self.provider, self.threads)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -107,6 +69,109 @@ class OrtRunner:
                 "try a smaller --size or --batch-size; memory grows with both",
             ) from error
         return dict(zip(names, values, strict=True))
+
+
+class OrtStages:
+    """Runs a bundle's stages, one session at a time: a sweep's weights are in memory while it goes on.
+
+    Args:
+        bundle, provider, threads: as of `OrtRunner`.
+    """
+
+    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.provider = provider
+        self.threads = threads
+        self._graph = ""
+        self._session: Any = None
+
+    def __enter__(self) -> Self:
+        assert self.bundle.manifest.stages, "the caller checks that there are stages"
+        self._open(self.bundle.manifest.stages[0].graph)  # which decides what `auto` is
+        return self
+
+    def _open(self, graph: str) -> None:
+        if graph != self._graph:
+            self._session, self._graph = None, ""  # before the next is loaded
+            self._session, self.provider = open_session(self.bundle.path / graph, self.provider, self.threads)
+            self._graph = graph
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session, self._graph = None, ""
+
+    def run(self, stage: Stage, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The stage's outputs by name.
+
+        Raises:
+            InfexportError: ONNX Runtime cannot load the stage, or fails on it.
+        """
+        self._open(stage.graph)
+        values = dict(feeds)
+        if stage.over == "image" and self.bundle.manifest.input == "float32":
+            values["image"] = normalise(values["image"], self.bundle.manifest.preprocessing)
+        try:
+            outputs = self._session.run(None, values)  # in the stage's order
+        except Exception as error:
+            raise InfexportError(
+                f"ONNX Runtime failed in {stage.graph}", str(error), "try a smaller --chunk"
+            ) from error
+        return dict(zip(stage.outputs, outputs, strict=True))
+
+
+def open_session(graph: Path, provider: str, threads: int | None) -> tuple[Any, str]:
+    """A session of a graph, and which provider it runs on.
+
+    Args:
+        graph: the file.
+        provider, threads: as of `OrtRunner`.
+
+    Raises:
+        InfexportError: ONNX Runtime cannot load it, or gives another provider than asked for.
+    """
+    choices = candidates(provider, import_onnxruntime().get_available_providers())
+    session: Any = None
+    for choice in choices:
+        try:
+            session = _start(graph, choice, threads)
+        except InfexportError:
+            if choice == choices[-1]:
+                raise
+            continue
+        if session.get_providers()[:1] == [PROVIDERS[choice]]:
+            return session, choice
+    # ONNX Runtime falls back to the CPU with no more than a log line
+    got = session.get_providers()
+    raise InfexportError(
+        f"asked for {PROVIDERS[provider]}, ONNX Runtime gave {got[0] if got else 'nothing'}",
+        f"the session's providers: {', '.join(got) or 'none'}",
+        "the driver, CUDA 13 or cuDNN 9 is missing or does not fit (infexport doctor), or use --provider cpu",
+    )
+
+
+def _start(graph: Path, provider: str, threads: int | None) -> Any:
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not _has_int8_products():
+        # there the uint8 by int8 kernels of x86 saturate: take the exact ones, at half the speed
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(
+            graph,
+            sess_options=options,
+            providers=[PROVIDERS[provider]],
+            enable_fallback=0,  # its own fallback prints to stdout and may come in the middle of a run
+        )
+    except Exception as error:  # ONNX Runtime raises its own kinds, which share no base but Exception
+        raise InfexportError(
+            f"ONNX Runtime cannot load {graph}",
+            str(error),
+            "convert the checkpoint again; infexport doctor shows what this machine can run",
+        ) from error
 
 
 def remarks(precision: str, provider: str) -> list[str]:

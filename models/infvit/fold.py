@@ -36,27 +36,44 @@ from infvit.rewrite import with_children
 
 
 class FoldedLinearAttention(nn.Module):
-    """Linear-InfSA of tokens `[B, N, E]` by rewrites 1 to 3: what all tokens receive, `[B, 1, E]`."""
+    """Linear-InfSA of tokens `[B, N, E]` by rewrites 1 to 3: what all tokens receive, `[B, 1, E]`.
+
+    Its steps are sums over tokens, so chunks of them can take each step one by one (`infvit.sweeps`).
+    """
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.attention = attention
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        attention = self.attention
-        heads = attention.num_heads
-        scale = 1 / math.sqrt(tokens.shape[-1] // heads)
-        queries = attention.q_proj(tokens).unflatten(-1, (heads, -1)).transpose(1, 2) * scale
-        mass, moment = _sums(torch.linalg.vector_norm(queries, dim=-1), queries)
-        mean_query = moment / (mass[..., None] + EPSILON) * scale
+    def energy(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ eₙ `[B, H]` and Σ eₙq̂ₙ `[B, H, d]`."""
+        queries = self.attention.q_proj(tokens).unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2)
+        queries = queries * self._scale(tokens)
+        return _sums(torch.linalg.vector_norm(queries, dim=-1), queries)
+
+    def score(self, tokens: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ aₙ `[B, H]` and Σ aₙyₙ `[B, H, E]`, of the sums that `energy` gives."""
+        heads = self.attention.num_heads
+        mean_query = moment / (mass[..., None] + EPSILON) * self._scale(tokens)
         # one key direction per head, [B, H, E], instead of N keys
-        key = (mean_query[..., None, :] @ attention.k_proj.weight.unflatten(0, (heads, -1)))[..., 0, :]
+        key = (mean_query[..., None, :] @ self.attention.k_proj.weight.unflatten(0, (heads, -1)))[..., 0, :]
         score = key @ tokens.transpose(1, 2)
-        if attention.k_proj.bias is not None:
-            score = score + (mean_query * attention.k_proj.bias.unflatten(0, (heads, -1))).sum(-1, keepdim=True)
-        mass, value = _weighted_values(attention, tokens, torch.relu(score))
-        mixed = attention.rho.reshape(-1, 1) * value / (mass[..., None] + EPSILON)
-        return attention.project_out(mixed.flatten(1)[:, None])
+        if self.attention.k_proj.bias is not None:
+            bias = self.attention.k_proj.bias.unflatten(0, (heads, -1))
+            score = score + (mean_query * bias).sum(-1, keepdim=True)
+        return _sums(torch.relu(score), tokens[:, None])
+
+    def out(self, mass: Tensor, moment: Tensor) -> Tensor:
+        """What all tokens receive, `[B, 1, E]`, of the sums that `score` gives."""
+        value = _values(self.attention, mass, moment)
+        mixed = self.attention.rho.reshape(-1, 1) * value / (mass[..., None] + EPSILON)
+        return self.attention.project_out(mixed.flatten(1)[:, None])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(*self.score(tokens, *self.energy(tokens)))
+
+    def _scale(self, tokens: Tensor) -> float:
+        return 1 / math.sqrt(tokens.shape[-1] // self.attention.num_heads)
 
 
 def _sums(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,14 +83,12 @@ def _sums(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return infsa_ops.linear_state_update(weights, values, mass, moment)
 
 
-def _weighted_values(attention: Attention, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ wₙ `[B, H]` and Σ wₙvₙ `[B, H, d]` of weights `[B, H, N]` by rewrite 2: through the tokens `[B, N, E]`."""
-    heads = weights.shape[1]
-    mass, moment = _sums(weights, tokens[:, None])
-    value = (attention.v_proj.weight.unflatten(0, (heads, -1)) @ moment[..., None])[..., 0]
+def _values(attention: Attention, mass: Tensor, moment: Tensor) -> Tensor:
+    """Σ wₙvₙ `[B, H, d]` by rewrite 2, of Σ wₙ `[B, H]` and Σ wₙyₙ `[B, H, E]`."""
+    value = (attention.v_proj.weight.unflatten(0, (attention.num_heads, -1)) @ moment[..., None])[..., 0]
     if attention.v_proj.bias is not None:
-        value = value + attention.v_proj.bias.unflatten(0, (heads, -1)) * mass[..., None]
-    return mass, value
+        value = value + attention.v_proj.bias.unflatten(0, (attention.num_heads, -1)) * mass[..., None]
+    return value
 
 
 class ClassTokenPureAttention(nn.Module):
@@ -83,18 +98,24 @@ class ClassTokenPureAttention(nn.Module):
         super().__init__()
         self.attention = attention
 
+    def row(self, query: Tensor, keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ aₙ `[B, H]` and Σ aₙyₙ `[B, H, E]` of the row of A of one query `[B, H, 1, d]`; keys `[B, H, N, d]`."""
+        query, keys = query.to(tokens.dtype) / query.shape[-1], keys.to(tokens.dtype)  # they may be of lower precision
+        return _sums(torch.relu(query @ keys.transpose(-1, -2))[:, :, 0], tokens[:, None])
+
+    def out(self, mass: Tensor, moment: Tensor, squared_norm: Tensor) -> Tensor:
+        """What the class token receives, `[B, 1, E]`, of the sums that `row` gives and ‖A‖²_F `[B, H]`."""
+        value = _values(self.attention, mass, moment)
+        mixed = self.attention.rho.reshape(-1, 1) * value / (torch.sqrt(squared_norm)[..., None] + EPSILON)
+        return self.attention.project_out(mixed.flatten(1)[:, None])
+
     def forward(self, tokens: Tensor) -> Tensor:
-        attention = self.attention
         q, k = (
-            proj(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for proj in (attention.q_proj, attention.k_proj)
+            proj(tokens).unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2)
+            for proj in (self.attention.q_proj, self.attention.k_proj)
         )
-        norm = torch.sqrt(infsa_ops.affinity_squared_norm(q, k))[..., None]
-        query, keys = q[:, :, :1].to(tokens.dtype) / q.shape[-1], k.to(tokens.dtype)  # they may be of lower precision
-        row = torch.relu(query @ keys.transpose(-1, -2))[:, :, 0]
-        _, value = _weighted_values(attention, tokens, row)
-        mixed = attention.rho.reshape(-1, 1) * value / (norm + EPSILON)
-        return attention.project_out(mixed.flatten(1)[:, None])
+        squared_norm = infsa_ops.affinity_squared_norm(q, k)
+        return self.out(*self.row(q[:, :, :1], k, tokens), squared_norm)
 
 
 class ClassTokenLayer(nn.Module):

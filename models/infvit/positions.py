@@ -13,17 +13,21 @@ CUBIC_COEFFICIENT = -0.75
 """a of the cubic convolution kernel (Keys 1981), as in PyTorch's and OpenCV's bicubic."""
 
 
-def cubic_weights(size: int, trained: int, like: Tensor) -> Tensor:
-    """Rows of cubic-convolution weights that resample `trained` points to `size`.
+def cubic_weights(points: Tensor, size: int | Tensor, trained: int) -> Tensor:
+    """Rows of cubic-convolution weights that resample `trained` points to some of `size`.
 
     Half-pixel centres, no antialiasing, edges clamped: `torch.nn.functional.interpolate(mode="bicubic",
     align_corners=False)` along one axis. The identity when `size == trained`.
 
+    Args:
+        points: which of them, `[n]`, whole numbers from 0, floating.
+        size: of the whole axis.
+        trained: points of the trained axis.
+
     Returns:
-        `[size, trained]`, dtype and device of `like`.
+        `[n, trained]`, dtype and device of `points`.
     """
     a = CUBIC_COEFFICIENT
-    points = torch.arange(size, dtype=like.dtype, device=like.device)
     source = (points + 0.5) * (trained / size) - 0.5
     base = torch.floor(source)
     t = source - base
@@ -34,17 +38,24 @@ def cubic_weights(size: int, trained: int, like: Tensor) -> Tensor:
         ((a + 2) * far - (a + 3)) * far * far + 1,
         ((a * (far + 1) - 5 * a) * (far + 1) + 8 * a) * (far + 1) - 4 * a,
     )
-    columns = torch.arange(trained, dtype=like.dtype, device=like.device)
-    weights = torch.zeros(size, trained, dtype=like.dtype, device=like.device)
+    columns = torch.arange(trained, dtype=points.dtype, device=points.device)
+    weights = points.new_zeros(points.shape[0], trained)  # not len(points), a constant to the exporter
     for offset, tap in enumerate(taps, start=-1):
         column = torch.clamp(base + offset, 0, trained - 1)
         weights = weights + torch.where(columns == column[:, None], tap[:, None], 0.0)
     return weights
 
 
+def resample(positions: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Position embeddings `[h0, w0, E]` by the weights of each axis, `[h, h0]` and `[w, w0]`: `[h, w, E]`."""
+    _, trained_width, embed_dim = positions.shape
+    return columns @ (rows @ positions.flatten(1)).unflatten(1, (trained_width, embed_dim))
+
+
 def interpolate_positions(positions: Tensor, height: int, width: int) -> Tensor:
     """Position embeddings `[h0, w0, E]` resampled to `[height, width, E]`."""
-    trained_height, trained_width, embed_dim = positions.shape
-    rows = cubic_weights(height, trained_height, positions) @ positions.flatten(1)
-    rows = rows.unflatten(1, (trained_width, embed_dim))
-    return cubic_weights(width, trained_width, positions) @ rows
+    rows, columns = (
+        cubic_weights(torch.arange(size, dtype=positions.dtype, device=positions.device), size, trained)
+        for size, trained in zip((height, width), positions.shape[:2], strict=True)
+    )
+    return resample(positions, rows, columns)

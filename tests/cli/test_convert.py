@@ -20,11 +20,19 @@ PURE = ("--variant", "pure_infsa", "--num-heads", "4")
 def test_makes_a_whole_bundle(golden_bundle):
     bundle = golden_bundle("torchvision_linear")
     manifest = json.loads((bundle / "infexport.json").read_text())
-    assert sorted(path.name for path in bundle.iterdir()) == ["infexport.json", "model.onnx", "model.onnx.data"]
+    graphs = [stage["graph"] for stage in manifest["stages"]]
+    files = {"infexport.json", "model.onnx", "model.onnx.data", *graphs}
+    assert {path.name for path in bundle.iterdir()} == files
     assert manifest["config"]["num_heads"] == 4
     assert manifest["assumed"]["mean"] == [0.485, 0.456, 0.406]
     assert manifest["finetuned"] is True
-    assert set(manifest["files"]) == {"model.onnx", "model.onnx.data"}
+    assert set(manifest["files"]) == files - {"infexport.json"}
+    assert [graph.rpartition("-")[2] for graph in graphs][:4] == [
+        "start.onnx",
+        "embed.onnx",
+        "score.onnx",
+        "apply.onnx",
+    ]
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     assert {node.op_type for node in model.graph.node if node.domain == "infsa"} == {"LinearInfSAStateUpdate"}
     assert [(function.domain, function.name) for function in model.functions] == [("infsa", "LinearInfSAStateUpdate")]

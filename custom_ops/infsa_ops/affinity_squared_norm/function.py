@@ -39,7 +39,7 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
     """The operator in standard ONNX operators of version `opset`, for tokens of `dtype`."""
 
     def trace(op: Any, q: ir.Value, k: ir.Value) -> ir.Value:
-        cut = tiles.tiling(op, q, dtype)
+        cut = tiles.tiling(op, q, k, dtype)
         q, k, unit = tiles.scaled(op, q, k, dtype)
 
         def step(op: Any, query: ir.Value, keys: ir.Value) -> list[ir.Value]:

@@ -34,38 +34,9 @@ SCHEMA = onnx.defs.OpSchema(
 )
 
 
-ROW_SUM, TINY = 256.0, 1e-30
-
-
 def translate(q: Any, k: Any, v: Any, rho: Any, terms: int) -> Any:
     """The torch op's node, for `torch.onnx.export(custom_translation_table=…)`."""
     return onnxscript.values.Opset("infsa", 1).NeumannKernel(q, k, v, rho, terms=terms)
-
-
-def _product(op: Any, affinity: ir.Value, values: ir.Value) -> ir.Value:
-    return op.MatMul(affinity, values)
-
-
-def _as_they_are(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
-    return x, op.Expand(1.0, [1, 1, 1, 1])
-
-
-def _half_product(op: Any, affinity: ir.Value, values: ir.Value) -> ir.Value:
-    """Affinities `[…, rows, N]` times values of at most 1, in half precision, finite for any N; float32.
-
-    Every row is brought to the sum 256 first: its product is 256 times a convex combination of the values, and an
-    even weight over 332k tokens, 8e-4, is still a normal number.
-    """
-    exact = op.Cast(affinity, to=ir.DataType.FLOAT)
-    mass = op.Div(op.ReduceSum(exact, [-1], keepdims=1), ROW_SUM)
-    weights = op.CastLike(op.Div(exact, op.Max(mass, TINY)), affinity)
-    return op.Mul(op.Cast(op.MatMul(weights, values), to=ir.DataType.FLOAT), mass)
-
-
-def _to_half(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
-    """x / unit in `dtype`, none of it above 1, and the unit, float32 per head."""
-    unit = tiles.largest(op, x)
-    return op.Cast(op.Div(op.Cast(x, to=ir.DataType.FLOAT), unit), to=dtype), unit
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
@@ -75,27 +46,21 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
     TensorRT's parser refuses a Scan inside a Loop.)
     """
     terms = attributes["terms"].as_int()
-    half = dtype != ir.DataType.FLOAT
-    product, as_values = (_half_product, _to_half) if half else (_product, _as_they_are)
 
     def trace(op: Any, q: ir.Value, k: ir.Value, v: ir.Value, rho: ir.Value) -> ir.Value:
-        cut = tiles.tiling(op, q, dtype)
+        cut = tiles.tiling(op, q, k, dtype)
         q, k, unit = tiles.scaled(op, q, k, dtype)
-        values, values_unit = as_values(op, v, dtype)
-
-        def first(op: Any, query: ir.Value, keys: ir.Value, values: ir.Value) -> list[ir.Value]:
-            affinity = op.Relu(op.MatMul(query, keys))
-            return [tiles.squares(op, affinity), product(op, affinity, values)]
+        values, values_unit = tiles.as_values(op, v, dtype)
 
         def following(op: Any, query: ir.Value, keys: ir.Value, values: ir.Value) -> list[ir.Value]:
-            return [product(op, op.Relu(op.MatMul(query, keys)), values)]
+            return [tiles.product(op, op.Relu(op.MatMul(query, keys)), values, dtype)]
 
-        squares, weighted = tiles.scan(op, "first", cut, first, 2, q, k, values)
-        norm = op.Add(op.Sqrt(tiles.total(op, cut, squares)), op.Div(EPSILON, unit))
+        weighted, squares = tiles.product_and_squares(op, cut, q, k, values, v)
+        norm = op.Add(op.Sqrt(squares), op.Div(EPSILON, unit))
         scale = op.Div(op.Reshape(op.Cast(rho, to=ir.DataType.FLOAT), [1, -1, 1, 1]), norm)
-        total = values = op.Mul(tiles.join(op, cut, weighted, v), op.Mul(scale, values_unit))
+        total = values = op.Mul(weighted, op.Mul(scale, values_unit))
         for t in range(2, terms + 1):
-            values, values_unit = as_values(op, values, dtype)
+            values, values_unit = tiles.as_values(op, values, dtype)
             (weighted,) = tiles.scan(op, f"term{t}", cut, following, 1, q, k, values)
             values = op.Mul(tiles.join(op, cut, weighted, v), op.Mul(scale, values_unit))
             total = op.Add(total, values)

@@ -1,0 +1,5 @@
+"""`AffinityProduct`, a block of Pure InfSA before it is normalised."""
+
+from infsa_ops.affinity_product.op import affinity_product
+
+__all__ = ["affinity_product"]

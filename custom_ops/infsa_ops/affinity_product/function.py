@@ -1,0 +1,57 @@
+"""`AffinityProduct` in ONNX: schema, translation from torch, and body in standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from infsa_ops import tiles
+from infsa_ops.affinity_product import op as _registration  # noqa: F401  (registers the torch op)
+
+NAME = "AffinityProduct"
+TORCH_OP = torch.ops.infsa.affinity_product.default
+
+SCHEMA = onnx.defs.OpSchema(
+    NAME,
+    "infsa",
+    1,
+    doc="relu(q k^T / d) v, and the sum of relu(q k^T / d)^2 over all pairs of tokens.",
+    inputs=[
+        onnx.defs.OpSchema.FormalParameter("q", "T", "[B, H, N, d]"),
+        onnx.defs.OpSchema.FormalParameter("k", "T", "[B, H, M, d]"),
+        onnx.defs.OpSchema.FormalParameter("v", "V", "[B, H, M, d_v]"),
+    ],
+    outputs=[
+        onnx.defs.OpSchema.FormalParameter("product", "tensor(float)", "[B, H, N, d_v]"),
+        onnx.defs.OpSchema.FormalParameter("squared_norm", "tensor(float)", "[B, H]"),
+    ],
+    type_constraints=[
+        ("T", ["tensor(float)", "tensor(float16)"], "dtype of queries and keys"),
+        ("V", ["tensor(float)", "tensor(float16)"], "dtype of the values"),
+    ],
+)
+
+
+def translate(q: Any, k: Any, v: Any) -> Any:
+    """The torch op's node, for `torch.onnx.export(custom_translation_table=…)`."""
+    return onnxscript.values.Opset("infsa", 1).AffinityProduct(q, k, v)
+
+
+def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
+    """The operator in standard ONNX operators of version `opset`, for queries and keys of `dtype`."""
+
+    def trace(op: Any, q: ir.Value, k: ir.Value, v: ir.Value) -> list[ir.Value]:
+        cut = tiles.tiling(op, q, k, dtype)
+        q, k, unit = tiles.scaled(op, q, k, dtype)
+        values, values_unit = tiles.as_values(op, v, dtype)
+        weighted, squares = tiles.product_and_squares(op, cut, q, k, values, v)
+        product = op.Mul(weighted, op.Mul(unit, values_unit))
+        return [product, op.Squeeze(op.Mul(squares, op.Mul(unit, unit)), [-2, -1])]
+
+    inputs = [ir.Value(name=name) for name in ("q", "k", "v")]
+    return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})

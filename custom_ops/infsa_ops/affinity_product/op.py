@@ -1,0 +1,65 @@
+"""`infsa::affinity_product`, registered with torch: kernel and shapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infsa_ops.common import TILE
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        torch._check(tensor.dim() == 4, lambda name=name, tensor=tensor: (
+            f"{name} has {tensor.dim()} dimensions, expected [B, H, tokens, d]"
+        ))  # fmt: skip
+    torch._check(
+        q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype,
+        lambda: (
+            f"k is {k.dtype} {list(k.shape)}, expected {q.dtype} "
+            f"[{q.shape[0]}, {q.shape[1]}, M, {q.shape[3]}] to match q"
+        ),
+    )
+    torch._check(
+        v.shape[:3] == k.shape[:3],
+        lambda: f"v has shape {list(v.shape)}, expected [{', '.join(map(str, k.shape[:3]))}, d_v] to match k",
+    )
+
+
+@torch.library.custom_op("infsa::affinity_product", mutates_args=())
+def affinity_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """relu(q̂k̂ᵀ)v and ‖relu(q̂k̂ᵀ)‖²_F, a tile of queries at a time (ONNX `infsa::AffinityProduct`).
+
+    A block of Pure InfSA before it is normalised. Products add over disjoint sets of keys, squares over disjoint sets
+    of queries or keys, so a sweep over chunks of both gives what `neumann_kernel` gives at once. q̂ and k̂ are scaled
+    by 1/√d. No gradient.
+
+    Args:
+        q: `[B, H, N, d]`, floating.
+        k: `[B, H, M, d]`, dtype of `q`.
+        v: `[B, H, M, d_v]`, floating.
+
+    Returns:
+        The product `[B, H, N, d_v]` and the squared norm `[B, H]`, float64 for float64 tokens, else float32.
+
+    Raises:
+        RuntimeError: shapes or dtypes that don't fit together.
+    """
+    _check(q, k, v)
+    dtype = torch.promote_types(q.dtype, torch.float32)  # in half precision squares above 255² overflow
+    queries, keys, values = q.to(dtype), (k.to(dtype) / q.shape[-1]).transpose(-1, -2), v.to(dtype)
+    total = q.new_zeros(q.shape[:2], dtype=torch.float64)
+    product = values.new_empty(*q.shape[:3], v.shape[-1])
+    for start in range(0, q.shape[2], TILE):
+        affinity = torch.relu(queries[:, :, start : start + TILE] @ keys)
+        # row by row, then over rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097
+        total += affinity.square().sum(-1).sum(-1, dtype=torch.float64)
+        product[:, :, start : start + TILE] = affinity @ values
+    return product, total.to(dtype)
+
+
+@affinity_product.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype), q.new_empty(q.shape[:2], dtype=dtype)

@@ -1,0 +1,110 @@
+"""Which way an image is run: the whole graph, or in chunks with its tokens in memory or on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from infexport import memory
+from infexport.errors import InfexportError
+from infexport.manifest import Manifest
+
+Execution = Literal["auto", "whole", "stream"]
+EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
+Way = Literal["whole", "memory", "disk"]
+
+WHOLE_TOKENS = 4096
+"""With more, chunks are the faster way, too: they stay in a CPU's cache."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user said.
+
+    Attributes:
+        execution: `auto` takes the fastest way that fits.
+        memory: bytes the process may take.
+        scratch: folder for tokens; None keeps them in memory where they fit.
+        chunk: tokens at a time.
+        half: keep tokens in float16.
+    """
+
+    execution: Execution
+    memory: int
+    scratch: Path | None
+    chunk: int
+    half: bool
+
+
+@dataclass(frozen=True)
+class Image:
+    """What an image costs before it is run.
+
+    Attributes:
+        tokens: patches and the class token.
+        width: in pixels, completed.
+        loaded: bytes of pixels that are in memory even when it is streamed.
+    """
+
+    tokens: int
+    width: int
+    loaded: int = 0
+
+
+def estimates(manifest: Manifest, policy: Policy, image: Image) -> dict[Way, int]:
+    """Peak resident bytes of every way that the bundle has."""
+    found: dict[Way, int] = {"whole": memory.whole(manifest, image.tokens)}
+    if manifest.stages is not None:
+        for way, on_disk in (("memory", False), ("disk", True)):
+            streamed = memory.streamed(manifest, image.tokens, policy.chunk, policy.half, on_disk, image.width)
+            found[way] = image.loaded + streamed  # type: ignore[index]
+    return found
+
+
+def choose(manifest: Manifest, policy: Policy, image: Image) -> Way:
+    """The way to run an image.
+
+    Raises:
+        InfexportError: none fits, with the smallest that would do; or the bundle has no stages.
+    """
+    found = estimates(manifest, policy, image)
+    if policy.execution == "stream" and manifest.stages is None:
+        raise InfexportError(
+            "this bundle has no stages to stream through",
+            "it was converted with --no-fold, or by an earlier infexport",
+            "convert the checkpoint again",
+        )
+    if policy.execution == "whole":
+        ways: list[Way] = ["whole"]
+    else:
+        streamed: list[Way] = ["memory", "disk"] if policy.scratch is None else ["disk"]
+        ways = [way for way in streamed if way in found]
+        if policy.execution == "auto" and policy.scratch is None:
+            ways = ["whole", *ways] if image.tokens <= WHOLE_TOKENS + 1 else [*ways[:1], "whole", *ways[1:]]
+    for way in ways:
+        if found[way] <= policy.memory:
+            return way
+    least = min(found, key=lambda way: found[way])
+    how = {
+        "whole": "--execution whole",
+        "memory": "--execution stream",
+        "disk": "--execution stream with tokens on disk",
+    }
+    raise InfexportError(
+        f"an image of {image.tokens:,} tokens does not fit into {size_text(policy.memory)}",
+        "\n".join(f"{how[way]} needs about {size_text(found[way])}" for way in ways),
+        f"the smallest that would do: --memory {size_text(found[least], up=True)}"
+        + ("" if least in ways else f" and {how[least]}"),
+    )
+
+
+def size_text(size: int, up: bool = False) -> str:
+    """Bytes as people write them, and as `--memory` reads them; `up` never says less than it is."""
+    for unit, value in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= value or unit == "MiB":
+            number = size / value
+            step = 100 if unit == "GiB" else 1
+            shown = -(-number * step // 1) / step if up else round(number * step) / step
+            return f"{shown:g}{unit}"
+    raise AssertionError

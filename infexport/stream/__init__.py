@@ -1,0 +1,80 @@
+"""Images of any size in bounded memory: chunks of tokens, swept through the stages of a bundle."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+
+from infexport.bundle import Bundle
+from infexport.stream.driver import Array, Driver, Progress, StageRunner, Tokens, layout_of
+from infexport.stream.scratch import Scratch
+from infexport.stream.source import Source
+from infexport.stream.stores import FileStore, HalfStore, MemoryStore, Store, dtype_of
+
+CHUNK = 1024
+"""Tokens at a time: their hidden layer stays in a CPU's cache, and a matrix product loses nothing."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What came of an image.
+
+    Attributes:
+        logits: `[classes]`.
+        features: `[E]`.
+        rounding: relative error of one rounding of the tokens to float16; 0 where they were kept in float32.
+    """
+
+    logits: Array
+    features: Array
+    rounding: float
+
+
+def stream(
+    bundle: Bundle,
+    runner: StageRunner,
+    source: Source,
+    scratch: Scratch | None = None,
+    chunk: int = CHUNK,
+    half: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Streamed:
+    """Run one image, chunk by chunk.
+
+    Args:
+        bundle: one that has stages.
+        runner: of its stages.
+        source: the image.
+        scratch: entered; tokens are kept in its folder, and the run goes on where it was interrupted. None keeps
+            them in memory.
+        chunk: tokens at a time.
+        half: keep them in float16.
+        progress: told of every chunk.
+
+    Raises:
+        InfexportError: no room for the tokens, a damaged image, or a stage that fails.
+    """
+    stages, precision = bundle.manifest.stages, bundle.manifest.precision
+    assert stages is not None, "the caller checks that there are stages"
+    width = bundle.manifest.config["embed_dim"]
+    halves: list[HalfStore] = []
+
+    def make(name: str, rows: int) -> Store:
+        dtype = dtype_of(name, precision, half)
+        store: Store
+        if scratch is None:
+            store = MemoryStore(rows, width, dtype)
+        else:
+            store = FileStore(scratch.folder / name, rows, width, dtype)
+        if dtype == dtype_of(name, precision, half=False):
+            return store
+        halves.append(HalfStore(store))
+        return halves[-1]
+
+    layout = layout_of(stages, source.tokens, chunk, resumable=scratch is not None)
+    with closing(Tokens(layout, make)) as tokens:
+        record = None if scratch is None else scratch.record
+        driver = Driver(stages, runner, source, tokens, chunk, progress, record)
+        outputs = driver.run(None if scratch is None else scratch.position)
+    rounding = max((store.relative_error for store in halves), default=0.0)
+    return Streamed(outputs["logits"][0], outputs["features"][0], rounding)

@@ -1,0 +1,227 @@
+"""Sweep chunks of tokens through the stages of a bundle, and add what they give.
+
+Knows nothing of what runs a stage, where tokens are kept, or how an image is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infexport.manifest import Stage
+from infexport.stream.source import Source
+from infexport.stream.stores import Ring, Rows, Store
+
+Array = NDArray[Any]
+Sums = dict[str, NDArray[np.float64]]
+
+BY_TOKEN = ("tokens", "q", "k", "v", "mixed")
+"""What is kept, a row a token; what else the stages exchange are sums."""
+PAIR_CHUNKS = 4
+"""Chunks in a block of queries or keys: a block of keys is read for every block of queries."""
+RECORD_CHUNKS, RECORD_SECONDS = 16, 5.0
+"""A run that can be resumed is recorded after so many chunks or seconds; the ring of tokens allows the chunks."""
+
+
+class StageRunner(Protocol):
+    """What runs a stage: ONNX Runtime here, an engine, another machine."""
+
+    def run(self, stage: Stage, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The stage's outputs by name."""
+        ...
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        stage: index of the stage.
+        done: rows (strips: patches) of it that are done.
+        sums: what the stages before gave, float64.
+        added: what this stage has given so far, float64.
+    """
+
+    stage: int = 0
+    done: int = 0
+    sums: Sums = field(default_factory=dict)
+    added: Sums = field(default_factory=dict)
+
+
+class Progress(Protocol):
+    def __call__(self, stage: int, done: int, total: int) -> None:
+        """So many rows of so many of a stage are done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows are kept, and how often they are written.
+
+    Attributes:
+        rows: N, tokens of the image, the class token first.
+        spare: name → spare rows of its `Ring`.
+        generations: for every stage, name → by how many stages before it the rows were written.
+    """
+
+    rows: int
+    spare: dict[str, int]
+    generations: list[dict[str, int]]
+
+
+def layout_of(stages: Sequence[Stage], rows: int, chunk: int, resumable: bool) -> Layout:
+    """What has to be kept for an image of `rows` tokens."""
+    spare: dict[str, int] = {}
+    generations: list[dict[str, int]] = []
+    written: dict[str, int] = {}
+    for stage in stages:
+        generations.append(dict(written))
+        for name in stage.outputs:
+            if name not in BY_TOKEN:
+                continue
+            needed = 0
+            if name in stage.inputs:
+                # pairs read all rows until the last is written
+                needed = rows if stage.over == "pairs" else RECORD_CHUNKS * chunk * resumable
+            spare[name] = max(spare.get(name, 0), needed)
+            # the class token and the image are written as one
+            written[name] = written.get(name, 0) + (stage.over != "nothing")
+    return Layout(rows, spare, generations)
+
+
+class Tokens:
+    """The kept rows of a run.
+
+    Args:
+        layout: of the run.
+        make: name and number of rows → a store for them.
+    """
+
+    def __init__(self, layout: Layout, make: Callable[[str, int], Store]) -> None:
+        self.layout = layout
+        self._rings: dict[str, Ring] = {}
+        for name, spare in layout.spare.items():
+            self._rings[name] = Ring(make(name, layout.rows + spare), layout.rows, spare)
+
+    def read(self, stage: int, name: str, start: int, stop: int) -> Array:
+        """Rows `[1, stop − start, E]` as they were before the stage."""
+        rows = self._rings[name].read(start, stop, self.layout.generations[stage][name] - 1)
+        return rows[None]
+
+    def write(self, stage: int, name: str, start: int, values: Rows) -> None:
+        self._rings[name].write(start, values, self.layout.generations[stage].get(name, 0))
+
+    def close(self) -> None:
+        for ring in self._rings.values():
+            ring.store.close()
+
+
+class Driver:
+    """Runs the stages over one image.
+
+    Args:
+        stages: of the bundle, in order.
+        runner: runs them.
+        source: the image.
+        tokens: where rows are kept.
+        chunk: tokens at a time.
+        progress: told of every chunk.
+        record: given the position, often enough; None where the run cannot be resumed.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        runner: StageRunner,
+        source: Source,
+        tokens: Tokens,
+        chunk: int,
+        progress: Progress = lambda stage, done, total: None,
+        record: Callable[[Position], None] | None = None,
+    ) -> None:
+        self.stages, self.runner, self.source, self.tokens = stages, runner, source, tokens
+        self.chunk, self.progress, self.record = chunk, progress, record
+        self.rows = tokens.layout.rows
+
+    def run(self, position: Position | None = None) -> dict[str, Array]:
+        """The outputs of the last stage, `logits [1, classes]` and `features [1, E]`.
+
+        Args:
+            position: as recorded, to go on from; None for the beginning.
+        """
+        position = position or Position()
+        outputs: dict[str, Array] = {}
+        recorded, chunks = time.monotonic(), 0
+        for index in range(position.stage, len(self.stages)):
+            stage = self.stages[index]
+            total = {"nothing": 1, "class_token": 1, "image": self.rows - 1}.get(stage.over, self.rows)
+            for done, outputs in self._units(index, position):  # noqa: B007  (the last are the result)
+                position.done = done
+                self.progress(index, done, total)
+                chunks += 1
+                late = chunks == RECORD_CHUNKS or time.monotonic() - recorded > RECORD_SECONDS
+                if self.record is not None and late and done < total:
+                    self.record(position)
+                    recorded, chunks = time.monotonic(), 0
+            # the image goes on with the sums that the class token began
+            begun = position.added if stage.over == "nothing" else {}
+            position = Position(index + 1, 0, position.sums | position.added, begun)
+            if self.record is not None and index + 1 < len(self.stages):
+                self.record(position)
+                recorded, chunks = time.monotonic(), 0
+        return outputs
+
+    def _units(self, index: int, position: Position) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Run a stage from where the position is, unit by unit: rows that are done, and the unit's outputs."""
+        stage = self.stages[index]
+        sums = {name: total.astype(np.float32) for name, total in position.sums.items() if name in stage.inputs}
+        if stage.over in ("nothing", "class_token"):
+            feeds = {name: self.tokens.read(index, name, 0, 1) for name in stage.inputs if name in BY_TOKEN}
+            yield 1, self._finish(index, position, 0, self.runner.run(stage, feeds | sums))
+        elif stage.over == "image":
+            for done, strip in self.source.strips(position.done, self.chunk):
+                values = self.runner.run(stage, strip)
+                yield done, self._finish(index, position, 1 + done - values["tokens"].shape[1], values)
+        elif stage.over == "tokens":
+            if "query" in stage.inputs:
+                sums["query"] = self.tokens.read(index, "q", 0, 1).copy()
+            for start, stop in _ranges(position.done, self.rows, self.chunk):
+                feeds = {name: self.tokens.read(index, name, start, stop) for name in stage.inputs if name in BY_TOKEN}
+                yield stop, self._finish(index, position, start, self.runner.run(stage, feeds | sums))
+        else:
+            for start, stop in _ranges(position.done, self.rows, PAIR_CHUNKS * self.chunk):
+                yield stop, self._finish(index, position, start, self._pairs(index, start, stop, sums))
+
+    def _pairs(self, index: int, start: int, stop: int, sums: Mapping[str, Array]) -> dict[str, Array]:
+        """A block of queries with all keys."""
+        stage = self.stages[index]
+        query = self.tokens.read(index, "q", start, stop).copy()
+        total: dict[str, Array] = {}
+        for first, last in _ranges(0, self.rows, PAIR_CHUNKS * self.chunk):
+            keys = {
+                name: self.tokens.read(index, name, first, last)
+                for name in stage.inputs
+                if name in BY_TOKEN and name != "q"
+            }
+            for name, value in self.runner.run(stage, {"q": query} | keys | dict(sums)).items():
+                exact = value if name in BY_TOKEN else value.astype(np.float64)
+                total[name] = total[name] + exact if name in total else exact
+        return total
+
+    def _finish(self, index: int, position: Position, start: int, outputs: dict[str, Array]) -> dict[str, Array]:
+        for name, value in outputs.items():
+            if name in BY_TOKEN:
+                self.tokens.write(index, name, start, value[0])
+            elif self.stages[index].over != "class_token":
+                position.added[name] = position.added.get(name, 0.0) + value.astype(np.float64)
+        return outputs
+
+
+def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, step):
+        yield first, min(stop, first + step)

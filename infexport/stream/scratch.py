@@ -1,0 +1,168 @@
+"""A folder in which a run can be killed and gone on with."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from infexport.errors import InfexportError
+from infexport.stream.driver import Position
+
+RUN, STATE, LOCK = "run.json", "state.npz", "lock"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+PREFIX = "infexport-"
+
+
+def default_scratch() -> Path:
+    """Where scratch folders are unless told: the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infexport"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is of: it goes on only where all of this is the same.
+
+    Attributes:
+        image: the file.
+        facts: what else decides the answer, as JSON has it.
+    """
+
+    image: Path
+    facts: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the folder: the same for an image at the same place."""
+        return PREFIX + hashlib.sha256(os.fsencode(self.image.absolute())).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        status = self.image.stat()
+        # tokens that were written live in the system's cache: a killed process loses none, a power cut may
+        boot = BOOT.read_text().strip() if BOOT.is_file() else ""
+        stamp = {"image": str(self.image.absolute()), "image size": status.st_size, "image time": status.st_mtime_ns}
+        facts: dict[str, Any] = json.loads(json.dumps(self.facts))
+        return stamp | facts | {"system start": boot}
+
+
+class Scratch:
+    """The folder of one run; entered, nobody else can be in it.
+
+    Left without an error it is deleted, and left by one of ours too, since the same command would meet it again. Killed
+    or interrupted it stays, and the same run goes on from `position`.
+
+    Args:
+        root: in which the folder is made.
+        identity: of the run.
+        status: told that a run goes on, or why it starts anew.
+
+    Raises:
+        InfexportError: another process is in it, or it cannot be written to.
+    """
+
+    def __init__(self, root: Path, identity: Identity, status: Callable[[str], None]) -> None:
+        self.folder = root / identity.name
+        self.position: Position | None = None
+        self._identity, self._status = identity, status
+        self._lock: Any = None
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise InfexportError(
+                f"this image is being run already: {self._identity.image}",
+                f"another process is in {self.folder}",
+                "wait for it, or give another --scratch",
+            ) from error
+        self._go_on_or_start()
+        return self
+
+    def _go_on_or_start(self) -> None:
+        now, before = self._identity.to_dict(), _read(self.folder / RUN)
+        if before == now:
+            self.position = _read_position(self.folder / STATE)
+        if self.position is not None:
+            self._status("going on where an earlier run was interrupted")
+            return
+        if before is not None and before != now:
+            changed = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
+            self._status(f"starting anew: changed since the run that was interrupted: {', '.join(sorted(changed))}")
+        for file in self.folder.iterdir():
+            if file.name != LOCK:
+                file.unlink()
+        _replace(self.folder / RUN, json.dumps(now).encode())
+
+    def record(self, position: Position) -> None:
+        """Make `position` what an interrupted run goes on from."""
+        partial = self.folder / f"{STATE}.partial"
+        arrays: dict[str, Any] = {f"sums/{name}": value for name, value in position.sums.items()}
+        arrays |= {f"added/{name}": value for name, value in position.added.items()}
+        with partial.open("wb") as file:
+            np.savez(file, at=np.array([position.stage, position.done]), **arrays)
+        partial.replace(self.folder / STATE)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, Exception):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self._status(f"interrupted: the same command goes on; what it needs is in {self.folder}")
+        self._lock.close()
+
+
+def _replace(file: Path, content: bytes) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _read_position(file: Path) -> Position | None:
+    try:
+        with np.load(file) as arrays:
+            stage, done = (int(x) for x in arrays["at"])
+            parts: dict[str, dict[str, Any]] = {"sums": {}, "added": {}}
+            for name in arrays.files:
+                kind, _, rest = name.partition("/")
+                if rest:
+                    parts[kind][rest] = arrays[name]
+    except OSError:
+        return None  # killed before the first record
+    return Position(stage, done, parts["sums"], parts["added"])
+
+
+def clean(root: Path) -> int:
+    """Delete what interrupted runs left in `root`, but for what a process is in: bytes that are free now."""
+    freed = 0
+    for folder in root.glob(f"{PREFIX}*"):
+        if not (folder / LOCK).is_file():
+            continue
+        with (folder / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            freed += sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+            shutil.rmtree(folder, ignore_errors=True)
+    return freed

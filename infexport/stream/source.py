@@ -1,0 +1,223 @@
+"""Images strip by strip, in whole patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from infexport.errors import InfexportError
+from infexport.extras import installed
+from infexport.images import Pixels, grey_to_8_bits, over_white, read_image
+from infexport.transform import patches_of
+
+Array = NDArray[Any]
+
+
+class Rows(Protocol):
+    """An image whose rows are read from top to bottom.
+
+    Attributes:
+        height, width: in pixels.
+        loaded: bytes of it that are in memory before anything is read.
+    """
+
+    height: int
+    width: int
+    loaded: int
+
+    def read(self, start: int, stop: int) -> Pixels:
+        """uint8 RGB `[stop − start, width, 3]`; `start` is not before where an earlier read ended.
+
+        Raises:
+            InfexportError: the file is damaged.
+        """
+        ...
+
+
+class ArrayRows:
+    """Of an image that is in memory, uint8 `[H, W, 3]`."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.height, self.width = pixels.shape[:2]
+        self.pixels, self.loaded = pixels, pixels.nbytes
+
+    def read(self, start: int, stop: int) -> Pixels:
+        return self.pixels[start:stop]
+
+
+class Source:
+    """An image as strips of whole patches.
+
+    Args:
+        rows: the image.
+        patch: side of a patch, in pixels.
+        edge: the last patch is completed by replicating the edge (`pad`), or cut off (`crop`).
+
+    Attributes:
+        grid: patches, `(height, width)`.
+        padded_share: share of the pixels that are not the image's.
+
+    Raises:
+        InfexportError: cutting leaves nothing.
+    """
+
+    def __init__(self, rows: Rows, patch: int, edge: Literal["pad", "crop"]) -> None:
+        self._rows, self._patch = rows, patch
+        self.grid = patches_of(rows.height, rows.width, patch, edge)
+        height, width = (patch * side for side in self.grid)
+        self.padded_share = 1 - min(height, rows.height) * min(width, rows.width) / (height * width)
+
+    @property
+    def tokens(self) -> int:
+        """Patches and the class token."""
+        return self.grid[0] * self.grid[1] + 1
+
+    def strips(self, done: int, chunk: int) -> Iterator[tuple[int, dict[str, Array]]]:
+        """What the `image` stage takes, in order; the next strip is read while this one is used.
+
+        Args:
+            done: patches to leave out, as an earlier call told.
+            chunk: patches at a time, at most: whole rows of them, or a part of one.
+
+        Yields:
+            Patches that are done with this strip, and the strip: `image [1, r·p, c·p, 3]`, and where it is.
+        """
+        height, width = self.grid
+        step = max(1, chunk // width)
+        grid = {
+            f"grid_{name}": np.array([n], np.float32) for name, n in zip(("height", "width"), self.grid, strict=True)
+        }
+        with ThreadPoolExecutor(1) as reader:
+            first = done // width
+            coming = reader.submit(self._read, first, min(height, first + step))
+            for row in range(first, height, step):
+                pixels, stop = coming.result(), min(height, row + step)
+                if stop < height:
+                    coming = reader.submit(self._read, stop, min(height, stop + step))
+                for column in range(done % width if row == first else 0, width, max(chunk, 1)):
+                    here = min(width, column + chunk)
+                    image = pixels[None, :, column * self._patch : here * self._patch]
+                    where = {"row": np.array([row], np.float32), "column": np.array([column], np.float32)}
+                    whole = here == width
+                    yield stop * width if whole else row * width + here, {"image": image, **where, **grid}
+
+    def _read(self, start: int, stop: int) -> Pixels:
+        """Rows of patches, completed."""
+        pixels = self._rows.read(start * self._patch, min(stop * self._patch, self._rows.height))
+        pixels = pixels[:, : self.grid[1] * self._patch]
+        missing = (stop - start) * self._patch - pixels.shape[0], self.grid[1] * self._patch - pixels.shape[1]
+        if any(missing):
+            pixels = np.pad(pixels, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+        return pixels
+
+
+class VipsRows:
+    """Of a file, by libvips: TIFF (BigTIFF, tiled, pyramidal), PNG, JPEG, WebP and others.
+
+    Upright, transparency over white, 16 bits scaled to 8, as `infexport.images.read_image` has it.
+
+    Raises:
+        InfexportError: it cannot be opened, or its pixels have no 8-bit equivalent.
+    """
+
+    loaded = 0
+
+    def __init__(self, path: Path) -> None:
+        import pyvips
+
+        self._path, self._error = path, pyvips.Error
+        try:
+            image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+            if image.get_typeof("orientation") and image.get("orientation") != 1:
+                # turning needs all of it: libvips decodes to a temporary file what is large
+                image = pyvips.Image.new_from_file(str(path), fail_on="truncated").autorot()
+            if image.interpretation not in ("srgb", "rgb", "b-w", "rgb16", "grey16", "multiband"):
+                image = image.colourspace("srgb")
+        except pyvips.Error as error:
+            raise self._damaged(error) from error
+        if image.format not in ("uchar", "ushort") or image.bands > 4:
+            raise InfexportError(
+                f"pixel values without a known range: {path}",
+                f"received {image.bands} bands of {image.format}; expected up to 4 of 8-bit or 16-bit integers",
+                "scale the image to 8 or 16 bits and save it again",
+            )
+        self._image = image
+        self.height, self.width = image.height, image.width
+
+    def read(self, start: int, stop: int) -> Pixels:
+        try:
+            part = self._image.crop(0, start, self.width, stop - start).numpy()
+        except self._error as error:
+            raise self._damaged(error) from error
+        return to_rgb(part.reshape(stop - start, self.width, -1))
+
+    def _damaged(self, error: Exception) -> InfexportError:
+        text = str(error).strip().splitlines()
+        return InfexportError(
+            f"damaged or truncated image, or none that can be streamed: {self._path}",
+            text[-1] if text else "",
+            "fetch or save the file again",
+        )
+
+
+class SlideRows:
+    """Of a whole-slide image, level 0, by OpenSlide."""
+
+    loaded = 0
+
+    def __init__(self, path: Path) -> None:
+        import openslide
+
+        self._path, self._error = path, openslide.OpenSlideError
+        try:
+            self._slide = openslide.OpenSlide(path)
+        except openslide.OpenSlideError as error:
+            raise self._damaged(error) from error
+        self.width, self.height = self._slide.dimensions
+
+    def read(self, start: int, stop: int) -> Pixels:
+        try:
+            return to_rgb(np.asarray(self._slide.read_region((0, start), 0, (self.width, stop - start))))
+        except self._error as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> InfexportError:
+        return InfexportError(f"a slide that cannot be read: {self._path}", str(error), "fetch the file again")
+
+
+def to_rgb(pixels: Array) -> Pixels:
+    """uint8 RGB over white of uint8 or uint16 `[h, w, bands]`, grey or RGB, with alpha or without."""
+    bands = pixels.shape[2]
+    if pixels.dtype == np.uint16:
+        # as Pillow has it: grey is scaled, of colours the high byte taken
+        pixels = grey_to_8_bits(pixels, 65535) if bands == 1 else (pixels >> 8).astype(np.uint8)
+    if bands in (2, 4):
+        pixels = np.asarray(over_white(Image.fromarray(pixels)))
+    return np.ascontiguousarray(np.repeat(pixels, 3, axis=2) if bands == 1 else pixels)
+
+
+def open_rows(path: Path) -> Rows:
+    """An image file, to be read in rows: by OpenSlide where that is installed and knows it, else by libvips.
+
+    What neither can open, or where neither is installed, Pillow reads whole (`infexport.images.read_image`).
+
+    Raises:
+        InfexportError: it cannot be opened.
+    """
+    if installed("openslide"):
+        import openslide
+
+        with suppress(OSError):
+            if openslide.OpenSlide.detect_format(path) not in (None, "generic-tiff"):
+                return SlideRows(path)
+    if installed("pyvips"):
+        with suppress(InfexportError):  # Pillow says best what is wrong with it
+            return VipsRows(path)
+    return ArrayRows(read_image(path))

@@ -1,0 +1,190 @@
+"""Where the tokens of an image are while it is streamed: rows in memory or in a scratch file."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infexport.errors import InfexportError
+
+Rows = NDArray[Any]
+
+
+class Store(Protocol):
+    """`rows` rows of `width` numbers, float32 or float16."""
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows `[stop − start, width]`; valid until the next call."""
+        ...
+
+    def write(self, start: int, values: Rows) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """Rows in memory; a read is a view."""
+
+    def __init__(self, rows: int, width: int, dtype: type) -> None:
+        self._values: Rows = np.empty((rows, width), dtype)
+
+    def read(self, start: int, stop: int) -> Rows:
+        return self._values[start:stop]
+
+    def write(self, start: int, values: Rows) -> None:
+        self._values[start : start + len(values)] = values
+
+    def close(self) -> None:
+        del self._values
+
+
+class FileStore:
+    """Rows in a file, none of which stay in this process's memory.
+
+    Args:
+        path: made, or gone on with where it has the right size.
+        rows, width, dtype: as of `Store`.
+
+    Raises:
+        InfexportError: the disk has no room for it.
+    """
+
+    def __init__(self, path: Path, rows: int, width: int, dtype: type) -> None:
+        self._dtype, self._width = np.dtype(dtype), width
+        self._bytes = width * self._dtype.itemsize
+        self._buffer: Rows = np.empty((0, width), dtype)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            # all of it now: a full disk is an error before the work, not in it
+            os.posix_fallocate(self._file, 0, max(1, rows * self._bytes))
+        except OSError as error:
+            os.close(self._file)
+            raise _no_room(path, rows * self._bytes, error) from error
+
+    def read(self, start: int, stop: int) -> Rows:
+        if len(self._buffer) < stop - start:
+            self._buffer = np.empty((stop - start, self._width), self._dtype)
+        rows = self._buffer[: stop - start]
+        view, done = memoryview(rows.data).cast("B"), 0
+        while done < len(view):
+            got = os.preadv(self._file, [view[done:]], start * self._bytes + done)
+            if got == 0:
+                raise InfexportError("the scratch file is shorter than it was made", hint="run the same command again")
+            done += got
+        return rows
+
+    def write(self, start: int, values: Rows) -> None:
+        view, done = memoryview(np.ascontiguousarray(values).data).cast("B"), 0
+        while done < len(view):
+            done += os.pwrite(self._file, view[done:], start * self._bytes + done)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _no_room(path: Path, size: int, error: OSError) -> InfexportError:
+    return InfexportError(
+        f"no room for {size / 1e9:.2f} GB of tokens: {path.parent}",
+        error.strerror or str(error),
+        "free some, give another --scratch, or keep half as much with --tokens float16",
+    )
+
+
+class HalfStore:
+    """Float32 rows kept in float16, and what that costs.
+
+    Args:
+        store: of float16 rows.
+    """
+
+    EVERY = 16
+    """Writes of which one is measured."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._writes = store, 0
+        self._error = self._norm = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """‖rounding‖ / ‖rows‖ of one write, over the writes that were measured."""
+        return math.sqrt(self._error / self._norm) if self._norm else 0.0
+
+    def read(self, start: int, stop: int) -> Rows:
+        return self._store.read(start, stop).astype(np.float32)
+
+    def write(self, start: int, values: Rows) -> None:
+        """Write float32 rows.
+
+        Raises:
+            InfexportError: a number that float16 has not.
+        """
+        try:
+            with np.errstate(over="raise"):
+                rounded = values.astype(np.float16)
+        except FloatingPointError as error:
+            raise InfexportError(
+                "tokens do not fit into float16",
+                f"the largest is {np.abs(values).max():.3g}, expected at most 65504",
+                "keep them in float32: --tokens float32",
+            ) from error
+        if self._writes % self.EVERY == 0:
+            exact = values.astype(np.float64)
+            self._error += float(((rounded - exact) ** 2).sum())
+            self._norm += float((exact**2).sum())
+        self._writes += 1
+        self._store.write(start, rounded)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+def dtype_of(name: str, precision: str, half: bool) -> type[np.float32] | type[np.float16]:
+    """Of what is kept: `mixed`, a sum over all tokens, is always float32.
+
+    Args:
+        name: of the rows.
+        precision: of the bundle; its Neumann kernel takes float16 queries, keys and values in `fp16`.
+        half: keep everything else in float16.
+    """
+    kernel = precision == "fp16" and name in ("q", "k", "v")
+    return np.float16 if kernel or (half and name != "mixed") else np.float32
+
+
+class Ring:
+    """Rows that are written again and again, each time `spare` rows before where they lay.
+
+    So what is written overwrites what was read at least `spare` rows earlier, and a sweep that was killed can go on
+    from any point not further back. With no spare rows they are overwritten where they lie.
+
+    Args:
+        store: of `rows + spare` rows.
+        rows, spare: numbers of rows.
+    """
+
+    def __init__(self, store: Store, rows: int, spare: int) -> None:
+        self.store = store
+        self._capacity, self._spare = rows + spare, spare
+
+    def _parts(self, start: int, stop: int, generation: int) -> list[tuple[int, int]]:
+        first = (start - generation * self._spare) % self._capacity
+        count = min(stop - start, self._capacity - first)
+        return [(first, count), (0, stop - start - count)]
+
+    def read(self, start: int, stop: int, generation: int) -> Rows:
+        """Rows as the `generation`-th sweep that wrote them left them, counted from 0."""
+        (first, count), (_, rest) = self._parts(start, stop, generation)
+        rows = self.store.read(first, first + count)
+        if not rest:
+            return rows
+        return np.concatenate([rows.copy(), self.store.read(0, rest)])
+
+    def write(self, start: int, values: Rows, generation: int) -> None:
+        (first, count), (_, rest) = self._parts(start, start + len(values), generation)
+        self.store.write(first, values[:count])
+        if rest:
+            self.store.write(0, values[count:])

@@ -1,0 +1,272 @@
+"""A folded network cut into sweeps over its tokens, which meet only in sums that add.
+
+Each is a module over a chunk of tokens; whoever adds what the chunks give has what the network would have had at once:
+
+    linear      start, embed, [score, apply]×(L−1), score, head
+    pure        start, embed, [attend, again×(T−1), apply]×(L−1), and norm, row, head (one term)
+                                                              or attend, again×(T−1), head
+
+`apply` of one layer gathers for the next, so that tokens are read and written once. In pure `attend` meets blocks of
+queries and keys; its last layer, cut to the class token (`infvit.fold`), needs the norm of A and one row of it.
+
+Names are what they are in `infsa_ops`. Token by token: `tokens` `[B, n, E]`, `q`, `k`, `v` and `mixed` `[B, n, E]`,
+heads side by side. Sums: `mass` `[B, H]`, `moment` `[B, H, ·]`, `squared_norm` `[B, H]`. Of the first token: `query`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+import infsa_ops
+from infsa_ops import EPSILON
+from infvit.fold import ClassTokenLayer, ClassTokenPureAttention, FoldedLinearAttention
+from infvit.network import Attention, InfViT, Layer
+from infvit.positions import cubic_weights, resample
+
+Over = Literal["image", "nothing", "tokens", "pairs", "class_token"]
+
+
+class Sweep(nn.Module):
+    """One of the modules; `forward` takes `inputs` and returns a tuple of `outputs`.
+
+    Attributes:
+        over: `image`, strips of it; `nothing`, called once, with no inputs, for the class token; `tokens`, chunk by
+            chunk; `pairs`, a chunk of queries with every chunk of keys, products added; `class_token`, the first alone.
+        inputs, outputs: names, in order.
+    """
+
+    over: Over = "tokens"
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+def _gathers(layer: Layer) -> tuple[str, ...]:
+    """Names of what `_gather` gives."""
+    if isinstance(layer.attn, FoldedLinearAttention):
+        return "mass", "moment"
+    return ("q", "k") if isinstance(layer.attn, ClassTokenPureAttention) else ("q", "k", "v")
+
+
+def _gather(layer: Layer, tokens: Tensor) -> tuple[Tensor, ...]:
+    """What a layer takes of a chunk of its tokens before any sum over all of them is known."""
+    normed = layer.norm1(tokens)
+    if isinstance(layer.attn, FoldedLinearAttention):
+        return layer.attn.energy(normed)
+    attention = layer.attn.attention if isinstance(layer.attn, ClassTokenPureAttention) else layer.attn
+    return tuple(getattr(attention, f"{name}_proj")(normed) for name in _gathers(layer))
+
+
+def _needs(layer: Layer) -> tuple[str, ...]:
+    """Names of what `_apply` needs besides tokens."""
+    if isinstance(layer.attn, FoldedLinearAttention):
+        return "mass", "moment"
+    return ("mass", "moment", "squared_norm") if isinstance(layer.attn, ClassTokenPureAttention) else _MIXED
+
+
+_MIXED = ("mixed", "squared_norm")
+
+
+def _apply(layer: Layer, tokens: Tensor, *needed: Tensor) -> Tensor:
+    """A layer's output for a chunk of its tokens."""
+    attention = layer.attn
+    if isinstance(attention, Attention):
+        mixed, squared_norm = needed
+        tokens = tokens + attention.project_out(_scaled(mixed, squared_norm, attention.rho, attention.num_heads))
+    else:
+        tokens = tokens + attention.out(*needed)
+    out: Tensor = tokens + layer.ff(layer.norm2(tokens))
+    return out
+
+
+def _scaled(mixed: Tensor, squared_norm: Tensor, rho: Tensor, heads: int) -> Tensor:
+    """ρ A V / (‖A‖_F + ε) of A V `[B, n, E]` and ‖A‖²_F `[B, H]`."""
+    scale = rho.reshape(-1) / (squared_norm.sqrt() + EPSILON)
+    return (mixed.unflatten(-1, (heads, -1)) * scale[:, None, :, None]).flatten(2)
+
+
+class Embed(Sweep):
+    """A strip of the image, whole patches, to tokens and what the first layer gathers.
+
+    Args:
+        network: folded.
+        layer: its first.
+        normalise: a strip as it lies in the image to what the network's patch embedding takes.
+    """
+
+    over = "image"
+    inputs = ("image", "row", "column", "grid_height", "grid_width")
+
+    def __init__(self, network: InfViT, layer: Layer, normalise: nn.Module) -> None:
+        super().__init__()
+        self.network, self.layer, self.normalise = network, layer, normalise
+        self.outputs = ("tokens", *_gathers(layer))
+
+    def forward(
+        self, image: Tensor, row: Tensor, column: Tensor, grid_height: Tensor, grid_width: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Of a strip whose first patch is at (`row`, `column`) of a grid; these are `[1]`, of the positions' dtype."""
+        patches = self.network.patch_embed(self.normalise(image))
+        height, width = patches.shape[-2:]
+        positions = self.network.pos_embed
+        side = self.network.config.grid_size
+        rows, columns = (
+            cubic_weights(first + torch.arange(count, dtype=row.dtype, device=row.device), size, side)
+            for first, count, size in ((row, height, grid_height), (column, width, grid_width))
+        )
+        here = resample(positions[0, 1:].unflatten(0, (side, side)), rows, columns)
+        tokens = patches.flatten(2).transpose(1, 2) + here.flatten(0, 1)
+        return tokens, *_gather(self.layer, tokens)
+
+
+class Start(Sweep):
+    """The class token, `[1, 1, E]`, and what the first layer gathers of it."""
+
+    over = "nothing"
+    inputs = ()
+
+    def __init__(self, network: InfViT, layer: Layer) -> None:
+        super().__init__()
+        self.network, self.layer = network, layer
+        self.outputs = ("tokens", *_gathers(layer))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        tokens = self.network.class_token()
+        return tokens, *_gather(self.layer, tokens)
+
+
+class Score(Sweep):
+    """Scores of Linear-InfSA: from the sums of energies to those of scores."""
+
+    inputs = ("tokens", "mass", "moment")
+    outputs = ("mass", "moment")
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, ...]:
+        return cast(FoldedLinearAttention, self.layer.attn).score(self.layer.norm1(tokens), mass, moment)
+
+
+class Attend(Sweep):
+    """A block of queries and keys of Pure InfSA: its share of A V and of ‖A‖²_F."""
+
+    over = "pairs"
+    inputs: tuple[str, ...] = ("q", "k", "v")
+    outputs: tuple[str, ...] = _MIXED
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        product, squared_norm = infsa_ops.affinity_product(*map(self._heads, (q, k, v)))
+        return product.transpose(1, 2).flatten(2), squared_norm
+
+
+class Again(Attend):
+    """`Attend` for one more term of the Neumann series: the values are V and, scaled, what the term before gave."""
+
+    inputs = ("q", "k", "v", *_MIXED)
+    outputs = ("mixed",)
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__(attention)
+        self.rho_logit = cast(Tensor, attention.rho_logit)
+
+    def forward(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, squared_norm: Tensor
+    ) -> tuple[Tensor, ...]:
+        rho = torch.sigmoid(self.rho_logit)
+        return super().forward(q, k, v.to(mixed.dtype) + _scaled(mixed, squared_norm, rho, self.num_heads))[:1]
+
+
+class Norm(Attend):
+    """A block of queries and keys where the norm of A is all that is needed."""
+
+    inputs = ("q", "k")
+    outputs = ("squared_norm",)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (infsa_ops.affinity_squared_norm(self._heads(q), self._heads(k)),)
+
+
+class Row(Sweep):
+    """The class token's row of A, and the sums of the tokens it weighs."""
+
+    inputs = ("tokens", "k", "query")
+    outputs = ("mass", "moment")
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens: Tensor, k: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        attention = cast(ClassTokenPureAttention, self.layer.attn)
+        heads = attention.attention.num_heads
+        query, keys = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, k))
+        return attention.row(query, keys, self.layer.norm1(tokens))
+
+
+class Apply(Sweep):
+    """A layer's output, and what the following layer gathers of it."""
+
+    def __init__(self, layer: Layer, following: Layer) -> None:
+        super().__init__()
+        self.layer, self.following = layer, following
+        self.inputs = ("tokens", *_needs(layer))
+        self.outputs = ("tokens", *_gathers(following))
+
+    def forward(self, tokens: Tensor, *needed: Tensor) -> tuple[Tensor, ...]:
+        tokens = _apply(self.layer, tokens, *needed)
+        return tokens, *_gather(self.following, tokens)
+
+
+class Head(Sweep):
+    """The class token through the last layer and the head."""
+
+    over = "class_token"
+    outputs = ("logits", "features")
+
+    def __init__(self, network: InfViT, layer: Layer) -> None:
+        super().__init__()
+        self.network, self.layer = network, layer
+        self.inputs = ("tokens", *_needs(layer))
+
+    def forward(self, tokens: Tensor, *needed: Tensor) -> tuple[Tensor, ...]:
+        token = _apply(self.layer, tokens, *needed)
+        features = self.network.pool(self.network.encoder.norm(token)[:, 0])
+        return self.network.head(features), features
+
+
+def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
+    """The sweeps of a network, in order.
+
+    Args:
+        network: as `infvit.fold.fold` returns it, linear or pure.
+        normalise: as of `Embed`.
+
+    Raises:
+        ValueError: a network that is not folded, whose head may read other tokens than the class token.
+    """
+    *layers, last = network.encoder.layers
+    if not isinstance(last, ClassTokenLayer) or network.config.variant == "softmax":
+        raise ValueError("expected a folded network, linear or pure")
+    cut_layers = [cast(Layer, layer) for layer in (*layers, last.layer)]
+    cut: list[Sweep] = [Start(network, cut_layers[0]), Embed(network, cut_layers[0], normalise)]
+    for layer, following in zip(cut_layers, [*cut_layers[1:], None], strict=True):
+        attention = layer.attn
+        if isinstance(attention, FoldedLinearAttention):
+            cut.append(Score(layer))
+        elif isinstance(attention, ClassTokenPureAttention):
+            cut += [Norm(attention.attention), Row(layer)]
+        else:
+            cut += [Attend(attention), *(Again(attention) for _ in range(attention.neumann_terms - 1))]
+        cut.append(Head(network, layer) if following is None else Apply(layer, following))
+    return cut

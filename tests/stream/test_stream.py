@@ -1,0 +1,229 @@
+"""Streaming changes nothing: the whole graph's answer, and float64's, for any chunk, size, variant and precision."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from support import GOLDEN, MODELS, relative_error
+
+from infexport.bundle import open_bundle
+from infexport.manifest import Stage
+from infexport.runners.ort import OrtRunner, OrtStages
+from infexport.runners.torch import TorchRunner
+from infexport.stream import stream
+from infexport.stream.source import ArrayRows, Source
+from infexport.transform import fit, transform_of
+from infexport.validate import load_recorded, synthetic_image
+from infvit.config import InfViTConfig
+from infvit.fold import fold, fold_normalisation
+from infvit.network import InfViT
+from infvit.sweeps import sweeps
+
+
+def streamed(bundle, image, chunk=1024, **options):
+    source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
+    with OrtStages(bundle, "cpu") as runner:
+        return stream(bundle, runner, source, chunk=chunk, **options)
+
+
+def completed(bundle, image):
+    transform = transform_of(bundle.manifest.preprocessing)
+    return fit(image, bundle.manifest.config["patch_size"], "native", transform, "pad").pixels[None]
+
+
+def whole(bundle, image):
+    with OrtRunner(bundle, "cpu") as runner:
+        return runner.run(completed(bundle, image))
+
+
+def exact(bundle, checkpoint, image):
+    preprocessing = bundle.manifest.preprocessing
+    loaded = load_recorded(checkpoint, bundle)
+    with TorchRunner(loaded, preprocessing["mean"], preprocessing["std"], torch.float64) as runner:
+        return runner.run(completed(bundle, image))["logits"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [(32, 32), (20, 53)], ids=str)
+def test_every_chunk_gives_the_whole_graph_s_answer(name, size, golden_bundle):
+    bundle, image = open_bundle(golden_bundle(name)), synthetic_image(*size)
+    expected, truth = whole(bundle, image), exact(bundle, GOLDEN / f"{name}.safetensors", image)
+    tokens = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad").tokens
+    for chunk in (1, 7, 256, 1024, tokens):
+        found = streamed(bundle, image, chunk)
+        assert relative_error(found.logits, expected["logits"][0]) <= 1e-5, chunk
+        assert relative_error(found.features, expected["features"][0]) <= 1e-5, chunk
+        assert relative_error(found.logits, truth[0]) <= 5e-6, chunk
+
+
+@pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
+@pytest.mark.parametrize("size", [(512, 512), (100, 1000)], ids=str)
+def test_images_of_many_chunks(name, size, golden_bundle):
+    bundle, image = open_bundle(golden_bundle(name)), synthetic_image(*size)
+    expected, truth = whole(bundle, image), exact(bundle, GOLDEN / f"{name}.safetensors", image)
+    for chunk in (256, 1024):
+        found = streamed(bundle, image, chunk)
+        assert relative_error(found.logits, expected["logits"][0]) <= 1e-5, chunk
+        assert relative_error(found.logits, truth[0]) <= 5e-6, chunk
+
+
+@pytest.fixture(scope="module")
+def converted(infexport, tmp_path_factory):
+    """A golden model converted with other options: name, options → bundle."""
+    made = {}
+
+    def get(name, *options):
+        if (name, options) not in made:
+            path = made[name, options] = tmp_path_factory.mktemp("bundles") / "bundle"
+            infexport(
+                "convert", "checkpoint", GOLDEN / f"{name}.safetensors", "--config", GOLDEN / f"{name}.json",
+                "-o", path, *options,
+            )  # fmt: skip
+        return open_bundle(made[name, options])
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["reference_linear", "transformers4_wrapped_pure"])
+def test_normalised_pixels(name, converted):
+    bundle, image = converted(name, "--input", "float32"), synthetic_image(40, 72)
+    assert relative_error(streamed(bundle, image, 9).logits, whole(bundle, image)["logits"][0]) <= 1e-5
+
+
+def test_several_terms_of_the_neumann_series(converted):
+    bundle, image = converted("torchvision_pure", "--neumann-terms", "3"), synthetic_image(60, 76)
+    truth = exact(bundle, GOLDEN / "torchvision_pure.safetensors", image)
+    one = whole(converted("torchvision_pure", "--neumann-terms", "1"), image)["logits"]
+    assert relative_error(one, truth) > 1e-3  # the terms matter
+    for chunk in (3, 8, 1024):
+        assert relative_error(streamed(bundle, image, chunk).logits, truth[0]) <= 5e-6, chunk
+
+
+@pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
+@pytest.mark.parametrize(("precision", "limit"), [("fp16", 2e-3), ("int8", 3e-2)])
+def test_lower_precision(name, precision, limit, converted):
+    bundle, image = converted(name, "--precision", precision), synthetic_image(64, 88)
+    truth = exact(bundle, GOLDEN / f"{name}.safetensors", image)
+    for chunk in (7, 1024):
+        assert relative_error(streamed(bundle, image, chunk).logits, truth[0]) <= limit, chunk
+
+
+def test_calibrated_ranges_do_not_depend_on_the_chunk(converted, tmp_path):
+    for i in range(3):
+        Image.fromarray(synthetic_image(32 + i, 40)).save(tmp_path / f"{i}.png")
+    bundle = converted("torchvision_linear", "--precision", "int8", "--calibrate", tmp_path)
+    image = synthetic_image(64, 80)
+    expected = whole(bundle, image)["logits"][0]
+    for chunk in (7, 1024):
+        # a value on the edge between two steps may fall to either side
+        assert relative_error(streamed(bundle, image, chunk).logits, expected) <= 5e-3
+
+
+@pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
+def test_tokens_kept_in_float16(name, golden_bundle):
+    bundle, image = open_bundle(golden_bundle(name)), synthetic_image(64, 80)
+    found, expected = streamed(bundle, image, 16, half=True), whole(bundle, image)["logits"][0]
+    assert 1e-5 < found.rounding < 2**-11
+    assert 1e-7 < relative_error(found.logits, expected) < 4 * 2**-11
+    assert streamed(bundle, image, 16).rounding == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_weights_lie_in_the_whole_graph_s_file(precision, infexport, tmp_path):
+    """Wide enough that weights outweigh everything else."""
+    for variant in ("linear_infsa", "pure_infsa"):
+        torch.manual_seed(0)
+        network = InfViT(dataclasses.replace(CONFIG, variant=variant, embed_dim=256, mlp_dim=1024, num_heads=4))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))  # none is a constant
+        save_file(network.state_dict(), tmp_path / f"{variant}.safetensors")
+        options = ("--variant", variant, "--num-heads", 4, "--precision", precision)
+        infexport("convert", "checkpoint", tmp_path / f"{variant}.safetensors", *options, "-o", tmp_path / variant)
+        bundle = open_bundle(tmp_path / variant)
+        assert {path.suffix for path in bundle.path.iterdir()} == {".onnx", ".data", ".json"}
+        data = (bundle.path / "model.onnx.data").stat().st_size
+        graphs = {stage.graph for stage in bundle.manifest.stages}
+        assert sum((bundle.path / graph).stat().st_size for graph in graphs) < 0.15 * data
+        for graph in graphs:
+            for tensor in onnx.load(bundle.path / graph, load_external_data=False).graph.initializer:
+                inline = tensor.data_location != onnx.TensorProto.EXTERNAL
+                assert not inline or np.prod(tensor.dims) <= 4 * 256, (graph, tensor.name)
+
+
+def test_layers_have_their_own_weights(infexport, tmp_path):
+    """Equal layers share a graph while they are exported; norms that are equal at first are not the same."""
+    torch.manual_seed(0)
+    network = InfViT(dataclasses.replace(CONFIG, depth=4))  # every norm 1 and 0, every bias as it was initialised
+    with torch.no_grad():
+        network.encoder.layers[2].norm2.weight.mul_(3)
+        network.encoder.layers[1].attn.rho_logit.fill_(-1)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    options = ("--variant", "linear_infsa", "--num-heads", 2)
+    infexport("convert", "checkpoint", tmp_path / "model.safetensors", *options, "-o", tmp_path / "bundle")
+    bundle, image = open_bundle(tmp_path / "bundle"), synthetic_image(24, 48)
+    truth = exact(bundle, tmp_path / "model.safetensors", image)
+    assert relative_error(streamed(bundle, image, 5).logits, truth[0]) <= 5e-6
+
+
+# The sweeps themselves, in torch: any shape of network, no ONNX
+
+CONFIG = InfViTConfig(
+    variant="linear_infsa", image_size=24, patch_size=8, depth=2, embed_dim=16, num_heads=2, mlp_dim=24, num_classes=5,
+    norm_eps=1e-6,
+)  # fmt: skip
+SHAPES = [
+    {}, {"depth": 1}, {"qkv_bias": False}, {"attention_dense": True, "pooler": True}, {"rho_per_head": True},
+    {"variant": "pure_infsa"}, {"variant": "pure_infsa", "depth": 1}, {"variant": "pure_infsa", "neumann_terms": 2},
+    {"variant": "pure_infsa", "neumann_terms": 4, "depth": 1, "rho_per_head": True},
+]  # fmt: skip
+
+
+class TorchStages:
+    """The modules themselves behind the driver."""
+
+    def __init__(self, network):
+        self.modules = sweeps(network, torch.nn.Identity())
+        self.stages = [Stage(str(i), m.over, list(m.inputs), list(m.outputs)) for i, m in enumerate(self.modules)]
+
+    def run(self, stage, feeds):
+        module = self.modules[int(stage.graph)]
+        with torch.no_grad():
+            values = module(*(torch.from_numpy(np.ascontiguousarray(feeds[name])).float() for name in stage.inputs))
+        return {name: value.numpy() for name, value in zip(stage.outputs, values, strict=True)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES), height=st.integers(1, 60), width=st.integers(1, 60), chunk=st.integers(1, 80),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_chunking_changes_nothing(shape, height, width, chunk, seed):
+    from infexport.stream.driver import Driver, Tokens, layout_of
+    from infexport.stream.stores import MemoryStore
+
+    torch.manual_seed(seed)
+    network = InfViT(dataclasses.replace(CONFIG, **shape)).eval()
+    folded = fold_normalisation(fold(network), (0.5, 0.4, 0.6), (0.2, 0.3, 0.25))
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    runner, source = TorchStages(folded), Source(ArrayRows(image), 8, "pad")
+    layout = layout_of(runner.stages, source.tokens, chunk, resumable=bool(seed % 2))
+    tokens = Tokens(layout, lambda name, rows: MemoryStore(rows, 16, np.float32))
+    found = Driver(runner.stages, runner, source, tokens, chunk).run()["logits"]
+    padded = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")[None]
+    with torch.no_grad():
+        expected = folded(torch.from_numpy(padded).float())
+    assert relative_error(found, expected) <= 2e-5
+
+
+def test_a_network_that_is_not_folded_has_no_sweeps():
+    with pytest.raises(ValueError, match="folded"):
+        sweeps(InfViT(CONFIG), torch.nn.Identity())
