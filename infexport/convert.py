@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from infexport.bundle import Bundle, create_bundle, open_bundle, seal, sha256
 from infexport.errors import InfexportError
-from infexport.graph import export_model
+from infexport.graph import MAX_GRID, export_model
 from infexport.image_model import ImageModel
 from infexport.images import read_image
 from infexport.manifest import LABELS, MODEL, Manifest
@@ -35,8 +35,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_TERMS = 1000
 """Of the Neumann series: each is a sweep over all pairs of tokens, and unrolled in the graph."""
-MAX_GRID = 8192
-"""Patches along a side: 131,072 pixels at patch 16."""
 
 
 @dataclass(frozen=True)

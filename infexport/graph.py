@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 20
+MAX_GRID = 8192
+"""Patches along a side, at most: 131,072 pixels at patch 16."""
 
 
 def _operators() -> list[ModuleType]:

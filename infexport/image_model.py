@@ -11,6 +11,35 @@ from infvit.fold import fold_normalisation
 from infvit.network import InfViT
 
 
+class Normalise(nn.Module):
+    """Pixels as the bundle takes them to what the network's patch embedding takes.
+
+    Args:
+        mean, std: of the pixels in [0, 1], per RGB channel.
+        takes: `uint8`, RGB `[B, H, W, 3]`, or `float32`, normalised `[B, 3, H, W]`, which stay as they are.
+        folded: the patch embedding normalises uint8 pixels by its weights (`infvit.fold`).
+        dtype: of what it gives.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], takes: str, folded: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.takes, self.folded = takes, folded
+        self.register_buffer("mean", torch.tensor(mean, dtype=dtype)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=dtype)[:, None, None], persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.takes == "float32":
+            return image
+        # cast before anything else: TensorRT takes uint8 as an input and knows only Cast for it
+        image = image.to(self.mean.dtype)
+        return image if self.folded else (image.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+
+
 class ImageModel(nn.Module):
     """An InfViT with its normalisation in front.
 
@@ -20,9 +49,6 @@ class ImageModel(nn.Module):
         takes: `uint8`, RGB `image [B, H, W, 3]`, or `float32`, normalised `pixels [B, 3, H, W]`.
         fold: normalise uint8 pixels by the patch embedding's weights (`infvit.fold`).
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -34,25 +60,15 @@ class ImageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.takes = takes
-        self.folded = fold and takes == "uint8"
-        self.network = fold_normalisation(network, mean, std) if self.folded else network
-        dtype = network.head.weight.dtype
-        self.register_buffer("mean", torch.tensor(mean, dtype=dtype)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=dtype)[:, None, None], persistent=False)
+        folded = fold and takes == "uint8"
+        self.normalise = Normalise(mean, std, takes, folded, network.head.weight.dtype)
+        self.network = fold_normalisation(network, mean, std) if folded else network
 
     @property
     def input_name(self) -> str:
         return "image" if self.takes == "uint8" else "pixels"
 
-    def normalised(self, image: Tensor) -> Tensor:
-        """What the patch embedding takes, of what the bundle takes."""
-        if self.takes == "float32":
-            return image
-        # cast before anything else: TensorRT takes uint8 as an input and knows only Cast for it
-        image = image.to(self.mean.dtype)
-        return image if self.folded else (image.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` and features `[B, E]`."""
-        features = self.network.forward_features(self.normalised(image))
+        features = self.network.forward_features(self.normalise(image))
         return self.network.head(features), features

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,29 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from torch.export import Dim
 
-from infexport.graph import attach_bodies, program_of
+from infexport.graph import MAX_GRID, attach_bodies, program_of
 from infexport.image_model import ImageModel
 from infexport.manifest import Stage
-from infvit.sweeps import Sweep, sweeps
+from infvit.sweeps import Score, Sweep, sweeps
 
 INLINE = 1024
 """Bytes. Tensors below that stay in their own graph."""
 
 
-class Normalise(nn.Module):
-    """A strip of an image as the bundle takes it, to what the network's patch embedding takes."""
+class SideBySide(nn.Module):
+    """Sweeps that have nothing to do with each other, in one module: half of what an export takes is its beginning."""
 
-    def __init__(self, model: ImageModel) -> None:
+    def __init__(self, parts: Sequence[Sweep]) -> None:
         super().__init__()
-        self.model = model
+        self.parts = nn.ModuleList(parts)
+        self.counts = [len(part.inputs) for part in parts]
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model.normalised(image)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        for part, count in zip(self.parts, self.counts, strict=True):
+            outputs += part(*inputs[:count])
+            inputs = inputs[count:]
+        return tuple(outputs)
 
 
 def export_stages(model: ImageModel, whole: Path) -> list[Stage]:
@@ -46,20 +53,23 @@ def export_stages(model: ImageModel, whole: Path) -> list[Stage]:
     Returns:
         The stages, in the order in which they are run.
     """
+    cut = sweeps(model.network, model.normalise)
+    kinds = [_kind(sweep) for sweep in cut]
+    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    parts = [cut[index] for index in sorted(first.values())]
+    # copies: what two of them share would have the name it has in the first
+    program = _export([copy.deepcopy(part) for part in parts], model)
+    together, shared = program.model, _external(whole)
     stages: list[Stage] = []
-    programs: dict[Any, torch.onnx.ONNXProgram] = {}
-    written: dict[Any, str] = {}
-    shared = _external(whole)
-    for index, sweep in enumerate(sweeps(model.network, Normalise(model))):
+    for index, (sweep, kind) in enumerate(zip(cut, kinds, strict=True)):
         tensors = _tensors(sweep)
-        kind = (type(sweep), *((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()))
-        if kind not in programs:
-            programs[kind] = _export(sweep, model)
         # without weights, one graph serves all layers
-        graph = written.get(kind) if not tensors else None
-        if graph is None:
-            graph = written[kind] = f"stream-{index:02}-{type(sweep).__name__.lower()}.onnx"
-            _save(_with_weights(programs[kind], tensors), shared, whole.parent / graph)
+        namesake = index if tensors else first[kind]
+        graph = f"stream-{namesake:02}-{type(sweep).__name__.lower()}.onnx"
+        if namesake == index:
+            program.model = _part(together, parts.index(cut[first[kind]]), sweep, tensors)
+            program.optimize()
+            _save(attach_bodies(program.model), shared, whole.parent / graph)
         stages.append(Stage(graph, sweep.over, list(sweep.inputs), list(sweep.outputs)))
     return stages
 
@@ -68,57 +78,73 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _export(sweep: Sweep, model: ImageModel) -> torch.onnx.ONNXProgram:
-    """The sweep's graph, not yet optimised: its initializers have the names of its tensors."""
-    config = model.network.config
-    patch, heads = config.patch_size, config.num_heads
-    chunk, keys = Dim("tokens"), Dim("keys")
-    rows, columns = Dim("rows", max=8192), Dim("columns", max=8192)
-    half = any(p.dtype == torch.float16 for p in _tensors(model).values()) and config.variant == "pure_infsa"
+def _kind(sweep: Sweep) -> tuple[Any, ...]:
+    """Equal for sweeps that differ in their weights alone."""
+    shapes = ((name, tensor.shape, tensor.dtype) for name, tensor in _tensors(sweep).items())
+    return (type(sweep), sweep.inputs, sweep.outputs, *shapes)
 
-    def tokens(count: int, axis: Any) -> tuple[Tensor, dict[int, Any]]:
-        return torch.zeros(1, count, config.embed_dim), {1: axis}
+
+def _names(sweep: Sweep, prefix: str = "") -> tuple[list[str], list[str]]:
+    """Of a graph's inputs and outputs; ONNX has one name for one value, so what goes in again comes `_out`."""
+    outputs = [f"{name}_out" if name in sweep.inputs else name for name in sweep.outputs]
+    return [prefix + name for name in sweep.inputs], [prefix + name for name in outputs]
+
+
+def _export(parts: Sequence[Sweep], model: ImageModel) -> torch.onnx.ONNXProgram:
+    """The graph of all parts, not yet optimised: initializers have the names of the module's tensors."""
+    inputs, outputs, examples, axes = [], [], [], []
+    for index, part in enumerate(parts):
+        taken, given = _names(part, f"{index}/")
+        inputs += taken
+        outputs += given
+        for example, free in _examples(part, index, model):
+            examples.append(example)
+            axes.append(free)
+    return program_of(SideBySide(parts), tuple(examples), (tuple(axes),), inputs, outputs, optimize=False)
+
+
+def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor, dict[int, Any]]]:
+    """Every input of a sweep, and which of its axes are dynamic: `index` makes these its own."""
+    config = model.network.config
+    patch, heads, width = config.patch_size, config.num_heads, config.embed_dim
+    chunk, keys = Dim(f"tokens_{index}"), Dim(f"keys_{index}")
+    rows, columns = (Dim(f"{name}_{index}", max=MAX_GRID) for name in ("rows", "columns"))
+    kernel = torch.float32
+    if config.variant == "pure_infsa" and any(t.dtype == torch.float16 for t in _tensors(model).values()):
+        kernel = torch.float16
 
     def example(name: str) -> tuple[Tensor, dict[int, Any]]:
+        if name == "image" and model.takes == "uint8":
+            return torch.zeros(1, 3 * patch, 5 * patch, 3, dtype=torch.uint8), {1: patch * rows, 2: patch * columns}
         if name == "image":
-            if model.takes == "uint8":
-                image = torch.zeros(1, 3 * patch, 5 * patch, 3, dtype=torch.uint8)
-                return image, {1: patch * rows, 2: patch * columns}
             return torch.zeros(1, 3, 3 * patch, 5 * patch), {2: patch * rows, 3: patch * columns}
-        if name in ("mass", "squared_norm"):
-            return torch.zeros(1, heads), {}
-        if name == "moment":
-            per_head = type(sweep).__name__ == "Score"
-            return torch.zeros(1, heads, config.head_dim if per_head else config.embed_dim), {}
         if name in ("row", "column", "grid_height", "grid_width"):
             return torch.zeros(1), {}
+        if name in ("mass", "squared_norm"):
+            return torch.zeros(1, heads), {}
+        if name == "moment":  # of queries, or of tokens
+            return torch.zeros(1, heads, config.head_dim if isinstance(sweep, Score) else width), {}
+        dtype = kernel if name in ("q", "k", "v", "query") else torch.float32
         if name == "query" or sweep.over == "class_token":
-            value, axes = tokens(1, None)
-            axes = {}
-        else:
-            against = sweep.over == "pairs" and name != "q"
-            value, axes = tokens(5, keys) if against else tokens(7, chunk)
-        return (value.half() if half and name in ("q", "k", "v", "query") else value), axes
+            return torch.zeros(1, 1, width, dtype=dtype), {}
+        if sweep.over == "pairs" and name != "q":
+            return torch.zeros(1, 5, width, dtype=dtype), {1: keys}
+        return torch.zeros(1, 7, width, dtype=dtype), {1: chunk}
 
-    examples = [example(name) for name in sweep.inputs]
-    args, axes = tuple(value for value, _ in examples), tuple(axis for _, axis in examples)
-    # a module with *needed has its dynamic shapes nested
-    fixed = len(axes) if type(sweep).__name__ not in ("Apply", "Head") else 1
-    shapes = (*axes[:fixed], axes[fixed:]) if fixed < len(axes) else axes
-    # ONNX has one name for one value
-    outputs = [f"{name}_out" if name in sweep.inputs else name for name in sweep.outputs]
-    return program_of(sweep, args, shapes if args else None, sweep.inputs, outputs, optimize=False)
+    return [example(name) for name in sweep.inputs]
 
 
-def _with_weights(program: torch.onnx.ONNXProgram, tensors: dict[str, Tensor]) -> ir.Model:
-    template = program.model
-    program.model = template.clone()
-    for name, value in program.model.graph.initializers.items():
-        if name in tensors:
-            value.const_value = TorchTensor(tensors[name].detach(), name=name)
-    program.optimize()
-    made, program.model = program.model, template
-    return attach_bodies(made)
+def _part(together: ir.Model, index: int, sweep: Sweep, tensors: dict[str, Tensor]) -> ir.Model:
+    """The graph of one part, with the weights of a sweep of its kind."""
+    inputs, outputs = _names(sweep, f"{index}/")
+    graph = ir.convenience.extract(together.graph, inputs, outputs)
+    for value in (*graph.inputs, *graph.outputs):
+        value.name = str(value.name).partition("/")[2]
+    for name, value in graph.initializers.items():
+        tensor = tensors.get(name.removeprefix(f"parts.{index}."))
+        if tensor is not None:
+            value.const_value = TorchTensor(tensor.detach(), name=name)
+    return ir.Model(graph, ir_version=together.ir_version)
 
 
 def _content(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
@@ -133,9 +159,10 @@ def _external(whole: Path) -> dict[Any, ir.ExternalTensor]:
 
 
 def _save(stage: ir.Model, shared: dict[Any, ir.ExternalTensor], file: Path) -> None:
+    """Write a stage; what it has in common with the whole graph stays where that has it."""
     for name, value in stage.graph.initializers.items():
         tensor = value.const_value
-        assert tensor is not None
+        assert tensor is not None, f"{name} has no value"
         found = shared.get(_content(tensor)) if tensor.nbytes >= INLINE else None
         if found is not None:
             value.const_value = ir.ExternalTensor(

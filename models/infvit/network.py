@@ -130,11 +130,8 @@ class InfViT(nn.Module):
         trained = self.pos_embed[:, 1:].unflatten(1, (grid, grid))
         positions = interpolate_positions(trained[0], height, width)
         patches = patches.flatten(2).transpose(1, 2) + positions.flatten(0, 1)
-        return torch.cat([self.class_token().expand(patches.shape[0], -1, -1), patches], dim=1)
-
-    def class_token(self) -> Tensor:
-        """The first token, `[1, 1, E]`, the same for every image."""
-        return self.cls_token + self.pos_embed[:, :1]
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
     @property
     def attentions(self) -> list[Attention]:
@@ -154,11 +151,8 @@ class InfViT(nn.Module):
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """What the head sees, `[B, E]`: the class token after the final norm and the pooler, if any."""
-        return self.pool(self.encoder(self.embed(pixels))[:, 0])
-
-    def pool(self, token: Tensor) -> Tensor:
-        """The class token `[B, E]` after the final norm through the pooler, if any."""
-        return token if self.pooler is None else torch.tanh(self.pooler(token))
+        features: Tensor = self.encoder(self.embed(pixels))[:, 0]
+        return features if self.pooler is None else torch.tanh(self.pooler(features))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `[B, num_classes]` of `pixels` `[B, 3, H, W]`, normalised; H and W multiples of the patch."""

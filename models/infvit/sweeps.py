@@ -43,20 +43,24 @@ class Sweep(nn.Module):
     outputs: tuple[str, ...] = ()
 
 
-def _gathers(layer: Layer) -> tuple[str, ...]:
-    """Names of what `_gather` gives."""
-    if isinstance(layer.attn, FoldedLinearAttention):
-        return "mass", "moment"
-    return ("q", "k") if isinstance(layer.attn, ClassTokenPureAttention) else ("q", "k", "v")
+class Gather(nn.Module):
+    """What a layer takes of a chunk of its tokens before any sum over all of them is known: `outputs`."""
 
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.norm, self.attention = layer.norm1, layer.attn
+        self.outputs: tuple[str, ...] = ("q", "k", "v")
+        if isinstance(layer.attn, FoldedLinearAttention):
+            self.outputs = ("mass", "moment")
+        elif isinstance(layer.attn, ClassTokenPureAttention):
+            self.outputs = ("q", "k")
 
-def _gather(layer: Layer, tokens: Tensor) -> tuple[Tensor, ...]:
-    """What a layer takes of a chunk of its tokens before any sum over all of them is known."""
-    normed = layer.norm1(tokens)
-    if isinstance(layer.attn, FoldedLinearAttention):
-        return layer.attn.energy(normed)
-    attention = layer.attn.attention if isinstance(layer.attn, ClassTokenPureAttention) else layer.attn
-    return tuple(getattr(attention, f"{name}_proj")(normed) for name in _gathers(layer))
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        normed, attention = self.norm(tokens), self.attention
+        if isinstance(attention, FoldedLinearAttention):
+            return attention.energy(normed)
+        attention = attention.attention if isinstance(attention, ClassTokenPureAttention) else attention
+        return tuple(getattr(attention, f"{name}_proj")(normed) for name in self.outputs)
 
 
 def _needs(layer: Layer) -> tuple[str, ...]:
@@ -101,24 +105,23 @@ class Embed(Sweep):
 
     def __init__(self, network: InfViT, layer: Layer, normalise: nn.Module) -> None:
         super().__init__()
-        self.network, self.layer, self.normalise = network, layer, normalise
-        self.outputs = ("tokens", *_gathers(layer))
+        self.normalise, self.patch_embed, self.gather = normalise, network.patch_embed, Gather(layer)
+        self.pos_embed, self.side = network.pos_embed, network.config.grid_size
+        self.outputs = ("tokens", *self.gather.outputs)
 
     def forward(
         self, image: Tensor, row: Tensor, column: Tensor, grid_height: Tensor, grid_width: Tensor
     ) -> tuple[Tensor, ...]:
         """Of a strip whose first patch is at (`row`, `column`) of a grid; these are `[1]`, of the positions' dtype."""
-        patches = self.network.patch_embed(self.normalise(image))
+        patches = self.patch_embed(self.normalise(image))
         height, width = patches.shape[-2:]
-        positions = self.network.pos_embed
-        side = self.network.config.grid_size
         rows, columns = (
-            cubic_weights(first + torch.arange(count, dtype=row.dtype, device=row.device), size, side)
+            cubic_weights(first + torch.arange(count, dtype=row.dtype, device=row.device), size, self.side)
             for first, count, size in ((row, height, grid_height), (column, width, grid_width))
         )
-        here = resample(positions[0, 1:].unflatten(0, (side, side)), rows, columns)
+        here = resample(self.pos_embed[0, 1:].unflatten(0, (self.side, self.side)), rows, columns)
         tokens = patches.flatten(2).transpose(1, 2) + here.flatten(0, 1)
-        return tokens, *_gather(self.layer, tokens)
+        return tokens, *self.gather(tokens)
 
 
 class Start(Sweep):
@@ -129,12 +132,12 @@ class Start(Sweep):
 
     def __init__(self, network: InfViT, layer: Layer) -> None:
         super().__init__()
-        self.network, self.layer = network, layer
-        self.outputs = ("tokens", *_gathers(layer))
+        self.cls_token, self.pos_embed, self.gather = network.cls_token, network.pos_embed, Gather(layer)
+        self.outputs = ("tokens", *self.gather.outputs)
 
     def forward(self) -> tuple[Tensor, ...]:
-        tokens = self.network.class_token()
-        return tokens, *_gather(self.layer, tokens)
+        tokens = self.cls_token + self.pos_embed[:, :1]
+        return tokens, *self.gather(tokens)
 
 
 class Score(Sweep):
@@ -145,10 +148,10 @@ class Score(Sweep):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.layer = layer
+        self.norm, self.attention = layer.norm1, cast(FoldedLinearAttention, layer.attn)
 
     def forward(self, tokens: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, ...]:
-        return cast(FoldedLinearAttention, self.layer.attn).score(self.layer.norm1(tokens), mass, moment)
+        return self.attention.score(self.norm(tokens), mass, moment)
 
 
 class Attend(Sweep):
@@ -205,13 +208,12 @@ class Row(Sweep):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.layer = layer
+        self.norm, self.attention = layer.norm1, cast(ClassTokenPureAttention, layer.attn)
 
     def forward(self, tokens: Tensor, k: Tensor, query: Tensor) -> tuple[Tensor, ...]:
-        attention = cast(ClassTokenPureAttention, self.layer.attn)
-        heads = attention.attention.num_heads
+        heads = self.attention.attention.num_heads
         query, keys = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, k))
-        return attention.row(query, keys, self.layer.norm1(tokens))
+        return self.attention.row(query, keys, self.norm(tokens))
 
 
 class Apply(Sweep):
@@ -219,13 +221,13 @@ class Apply(Sweep):
 
     def __init__(self, layer: Layer, following: Layer) -> None:
         super().__init__()
-        self.layer, self.following = layer, following
+        self.layer, self.gather = layer, Gather(following)
         self.inputs = ("tokens", *_needs(layer))
-        self.outputs = ("tokens", *_gathers(following))
+        self.outputs = ("tokens", *self.gather.outputs)
 
     def forward(self, tokens: Tensor, *needed: Tensor) -> tuple[Tensor, ...]:
         tokens = _apply(self.layer, tokens, *needed)
-        return tokens, *_gather(self.following, tokens)
+        return tokens, *self.gather(tokens)
 
 
 class Head(Sweep):
@@ -236,13 +238,13 @@ class Head(Sweep):
 
     def __init__(self, network: InfViT, layer: Layer) -> None:
         super().__init__()
-        self.network, self.layer = network, layer
+        self.layer, self.norm, self.pooler, self.head = layer, network.encoder.norm, network.pooler, network.head
         self.inputs = ("tokens", *_needs(layer))
 
     def forward(self, tokens: Tensor, *needed: Tensor) -> tuple[Tensor, ...]:
-        token = _apply(self.layer, tokens, *needed)
-        features = self.network.pool(self.network.encoder.norm(token)[:, 0])
-        return self.network.head(features), features
+        features = self.norm(_apply(self.layer, tokens, *needed))[:, 0]
+        features = features if self.pooler is None else torch.tanh(self.pooler(features))
+        return self.head(features), features
 
 
 def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
