@@ -50,6 +50,12 @@ class Bundle:
         return self.path / MODEL
 
     @property
+    def weights(self) -> int:
+        """Bytes of the weights, which all graphs share."""
+        data = self.model.with_name(f"{MODEL}.data")
+        return data.stat().st_size if data.is_file() else 0
+
+    @property
     def labels(self) -> list[str] | None:
         """Name of every class, or None where none were given."""
         if LABELS not in self.manifest.files:

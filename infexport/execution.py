@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from infexport import memory
+from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.manifest import Manifest
 
 Execution = Literal["auto", "whole", "stream"]
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -28,6 +28,7 @@ class Policy:
         scratch: folder for tokens; None keeps them in memory where they fit.
         chunk: tokens at a time.
         half: keep tokens in float16.
+        batch: images at once, where they are run whole.
     """
 
     execution: Execution
@@ -35,6 +36,7 @@ class Policy:
     scratch: Path | None
     chunk: int
     half: bool
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,26 @@ class Image:
     loaded: int = 0
 
 
-def estimates(manifest: Manifest, policy: Policy, image: Image) -> dict[Way, int]:
+def estimates(bundle: Bundle, policy: Policy, image: Image) -> dict[Way, int]:
     """Peak resident bytes of every way that the bundle has."""
-    found: dict[Way, int] = {"whole": memory.whole(manifest, image.tokens)}
+    manifest = bundle.manifest
+    found: dict[Way, int] = {"whole": memory.whole(manifest, bundle.weights, image.tokens, policy.batch)}
     if manifest.stages is not None:
-        for way, on_disk in (("memory", False), ("disk", True)):
-            streamed = memory.streamed(manifest, image.tokens, policy.chunk, policy.half, on_disk, image.width)
-            found[way] = image.loaded + streamed  # type: ignore[index]
+        for way in ("memory", "disk"):
+            found[way] = image.loaded + memory.streamed(
+                manifest, image.tokens, image.width, policy.chunk, policy.half, way == "disk"
+            )
     return found
 
 
-def choose(manifest: Manifest, policy: Policy, image: Image) -> Way:
+def choose(bundle: Bundle, policy: Policy, image: Image) -> Way:
     """The way to run an image.
 
     Raises:
         InfexportError: none fits, with the smallest that would do; or the bundle has no stages.
     """
-    found = estimates(manifest, policy, image)
-    if policy.execution == "stream" and manifest.stages is None:
+    found = estimates(bundle, policy, image)
+    if policy.execution == "stream" and bundle.manifest.stages is None:
         raise InfexportError(
             "this bundle has no stages to stream through",
             "it was converted with --no-fold, or by an earlier infexport",

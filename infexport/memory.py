@@ -1,7 +1,7 @@
 """How much memory a run takes, before it is run: peak resident bytes of the whole process, on a CPU.
 
-Sums of what is known to be there at the worst moment; the constants were measured (docs/streaming.md), and
-`scripts/bench_stream.py` measures them again.
+Sums of what is there at the worst moment. How many copies of it there are is ONNX Runtime's affair and was measured
+(docs/streaming.md); `scripts/bench_stream.py` measures it again.
 """
 
 from __future__ import annotations
@@ -12,60 +12,62 @@ from infexport.manifest import Manifest
 from infexport.stream.driver import PAIR_CHUNKS, layout_of
 from infexport.stream.stores import dtype_of
 
-PROCESS = 100_000_000
-"""Python with numpy, Pillow and ONNX Runtime."""
+PROCESS = 105_000_000
+"""Python with numpy, Pillow, libvips and ONNX Runtime."""
 F32 = 4
+TILE_ROWS = 256
+"""Rows of pixels that a reader holds of a tiled image."""
 
 
-def _weights(manifest: Manifest, multiply_adds: int) -> int:
-    """Of layers that so many multiply-adds a token pass through."""
-    return multiply_adds * (1 if manifest.precision == "int8" else F32)
-
-
-def _activations(manifest: Manifest, tokens: int) -> int:
-    """Of a layer of so many tokens, at its widest: the MLP before and after its GELU, and some rows of E beside it."""
+def _activations(manifest: Manifest) -> int:
+    """Of a token, where a layer is widest: around the GELU, with some rows of E beside it, and its patch."""
     config = manifest.config
-    beside = 8 if config["variant"] == "pure_infsa" else 4
-    per_token = 2 * config["mlp_dim"] * F32 + beside * config["embed_dim"] * F32
-    if manifest.precision == "int8":
-        per_token += config["mlp_dim"]
-    return tokens * per_token
+    hidden, beside = (4 * F32, 5) if manifest.precision != "int8" else (3 * F32 + 1, 4)
+    beside += 2 if config["variant"] == "pure_infsa" else 0
+    patch = 3 * config["patch_size"] ** 2
+    # pixels as they are, and as float32 before and after they are put in patches
+    return hidden * config["mlp_dim"] + beside * F32 * config["embed_dim"] + (1 + 2 * F32) * patch
 
 
-def whole(manifest: Manifest, tokens: int, batch: int = 1) -> int:
-    """Of the whole graph."""
-    weights = _weights(manifest, manifest.parameters)
-    pixels = tokens * manifest.config["patch_size"] ** 2 * 3
-    # pixels as they are and as float32, twice: before and after they are put in patches
-    return PROCESS + weights + batch * (_activations(manifest, tokens) + pixels * (1 + 2 * F32))
+def whole(manifest: Manifest, weights: int, tokens: int, batch: int = 1) -> int:
+    """Of the whole graph.
+
+    Args:
+        manifest: of the bundle.
+        weights: bytes of its weights.
+        tokens: of an image.
+        batch: images at once.
+    """
+    return PROCESS + weights + batch * tokens * _activations(manifest)
 
 
-def streamed(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool, width: int) -> int:
+def streamed(manifest: Manifest, tokens: int, width: int, chunk: int, half: bool, on_disk: bool) -> int:
     """Of a streamed run.
 
     Args:
         manifest: of a bundle with stages.
         tokens: of the image.
+        width: of the image in pixels; strips of it are in memory.
         chunk: tokens at a time.
         half: tokens are kept in float16.
         on_disk: tokens are kept in a scratch file, not in memory.
-        width: of the image in pixels; its strips are in memory.
     """
-    config = manifest.config
-    assert manifest.stages is not None
-    chunk = min(chunk, tokens)
-    embed = config["embed_dim"]
-    # a layer's weights are loaded and then packed
-    weights = 2 * _weights(manifest, 13 * embed * embed)
-    block = 0
-    if any(stage.over == "pairs" for stage in manifest.stages):
-        block = min(PAIR_CHUNKS * chunk, tokens) * embed * F32 * 8
-    strips = 2 * 2 * max(config["patch_size"], chunk * config["patch_size"] ** 2 // width) * width * 3
+    config, stages = manifest.config, manifest.stages
+    assert stages is not None, "the caller checks that there are stages"
+    chunk, embed = min(chunk, tokens), config["embed_dim"]
+    # of the largest stage, `apply`: output projection, MLP, and what the next layer gathers
+    projections = 3 if config["variant"] == "linear_infsa" else 4
+    weights = F32 * (projections * embed**2 + 2 * embed * config["mlp_dim"])
+    if manifest.precision == "int8":
+        weights //= 2  # a quarter, but for what is applied once per image
+    passing = chunk * _activations(manifest) * 27 // 20  # the arenas of two stages overlap
+    if any(stage.over == "pairs" for stage in stages):
+        # queries, keys, values, their heads apart, and the product; read from disk, once more
+        passing += min(PAIR_CHUNKS * chunk, tokens) * embed * F32 * (11 if on_disk else 8)
+    rows = max(config["patch_size"], chunk * config["patch_size"] ** 2 // width)
+    strips = 3 * width * (4 * rows + 4 * TILE_ROWS)
     kept = 0
     if not on_disk:
-        spare = layout_of(manifest.stages, tokens, chunk, resumable=False).spare
-        kept = embed * sum(
-            (tokens + rows) * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
-            for name, rows in spare.items()
-        )
-    return PROCESS + weights + _activations(manifest, chunk) + block + strips + kept
+        for name, spare in layout_of(stages, tokens, chunk, resumable=False).spare.items():
+            kept += (tokens + spare) * embed * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
+    return PROCESS + weights + passing + strips + kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,16 +35,13 @@ class Request:
         size: `trained` applies the recorded evaluation transform, `native` leaves the image as it is, N is the
             transform at N pixels.
         edge: how a side becomes a whole number of patches: `pad` replicates the edge, `crop` cuts.
-        batch_size: the most images at a time. Images are never padded to a common size: every token enters the
-            pooled state.
-        policy: how they are run.
+        policy: how they are run. Images are never padded to a common size: every token enters the pooled state.
         provider, threads: as of `runners.ort.OrtRunner`.
     """
 
     policy: Policy
     size: Literal["trained", "native"] | int = "trained"
     edge: Literal["pad", "crop"] = "pad"
-    batch_size: int = 1
     provider: str = "auto"
     threads: int | None = None
 
@@ -83,12 +80,27 @@ class Run:
         self._sessions = ExitStack()
 
     def __call__(self, files: Sequence[Path]) -> tuple[list[Prediction], list[Failure]]:
-        """Predictions and failures, each in the order of `files`."""
+        """Predictions and failures, each in the order of `files`.
+
+        Raises:
+            InfexportError: the bundle cannot be run at all. What is wrong with an image is a failure of that image.
+        """
         with self._sessions:
-            for batch in _batches(self._whole_images(files), self.request.batch_size):
-                self._run_whole(batch, files)
+            for batch in _batches(self._whole_images(files), self.request.policy.batch):
+                runner = self._runner
+                with self._failing(files, [index for index, _ in batch], _shapes(batch)):
+                    self._run_whole(runner, batch, files)
                 self.listener.image(len(batch))
         return [self._answers[i] for i in sorted(self._answers)], [self._failures[i] for i in sorted(self._failures)]
+
+    @contextmanager
+    def _failing(self, files: Sequence[Path], indices: Sequence[int], doing: str) -> Iterator[None]:
+        """What goes wrong here is a failure of these images."""
+        try:
+            yield
+        except (InfexportError, MemoryError) as error:
+            reason = error if isinstance(error, InfexportError) else _out_of_memory(doing)
+            self._failures |= {index: Failure(_name(files[index]), reason) for index in indices}
 
     @cached_property
     def _runner(self) -> Runner:
@@ -104,21 +116,24 @@ class Run:
         return stages
 
     def _whole_images(self, files: Sequence[Path]) -> Iterator[tuple[int, Fitted]]:
-        """The images that are run whole; what is streamed is run here, and what fails reported."""
+        """The images that are run whole; what is streamed is run here."""
         for index, file in enumerate(files):
-            try:
-                image = self._open_or_stream(file)
-                if isinstance(image, Fitted):
-                    yield index, image
-                    continue
-                self._answer(index, file, image)
-            except (InfexportError, MemoryError) as error:
-                reason = error if isinstance(error, InfexportError) else _out_of_memory([])
-                self._failures[index] = Failure(_name(file), reason)
+            image: Fitted | None = None
+            opened: tuple[Source, Way] | None = None
+            with self._failing(files, [index], "while reading it"):
+                opened = self._open(file)
+                if opened[1] == "whole":
+                    image = self._read(file, opened[0])
+            if image is not None:
+                yield index, image
+                continue
+            if opened is not None and opened[1] != "whole":
+                stages = self._stages
+                with self._failing(files, [index], "while streaming it"):
+                    self._answer(index, file, self._stream(file, *opened, stages))
             self.listener.image(1)
 
-    def _open_or_stream(self, file: Path) -> Fitted | Prediction:
-        """An image that is to be run whole, or the answer for one that is not."""
+    def _open(self, file: Path) -> tuple[Source, Way]:
         request = self.request
         rows: Rows
         if request.size == "native":
@@ -127,13 +142,13 @@ class Run:
             rows = ArrayRows(resized(read_image(file), request.size, self._transform))
         source = Source(rows, self._patch, request.edge)
         image = Image(source.tokens, source.grid[1] * self._patch, rows.loaded)
-        way = choose(self.bundle.manifest, request.policy, image)
-        if way != "whole":
-            return self._stream(file, source, way)
-        pixels = rows.pixels if isinstance(rows, ArrayRows) else read_image(file)
-        return fit(pixels, self._patch, "native", self._transform, request.edge)
+        return source, choose(self.bundle, request.policy, image)
 
-    def _stream(self, file: Path, source: Source, way: Way) -> Prediction:
+    def _read(self, file: Path, source: Source) -> Fitted:
+        pixels = source.rows.pixels if isinstance(source.rows, ArrayRows) else read_image(file)
+        return fit(pixels, self._patch, "native", self._transform, self.request.edge)
+
+    def _stream(self, file: Path, source: Source, way: Way, stages: OrtStages) -> Prediction:
         policy = self.request.policy
         listener = self.listener
         scratch: Scratch | None = None
@@ -143,7 +158,7 @@ class Run:
                 scratch = stack.enter_context(Scratch(root, self._identity(file), listener.status))
             found = stream(
                 self.bundle,
-                self._stages,
+                stages,
                 source,
                 scratch,
                 policy.chunk,
@@ -171,13 +186,8 @@ class Run:
         }
         return Identity(file, facts)
 
-    def _run_whole(self, batch: Sequence[tuple[int, Fitted]], files: Sequence[Path]) -> None:
-        try:
-            values = self._runner.run(np.stack([image.pixels for _, image in batch]))
-        except (InfexportError, MemoryError) as error:
-            reason = error if isinstance(error, InfexportError) else _out_of_memory(batch)
-            self._failures |= {index: Failure(_name(files[index]), reason) for index, _ in batch}
-            return
+    def _run_whole(self, runner: Runner, batch: Sequence[tuple[int, Fitted]], files: Sequence[Path]) -> None:
+        values = runner.run(np.stack([image.pixels for _, image in batch]))
         for row, (index, image) in enumerate(batch):
             grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
             logits, features = values["logits"][row], values["features"][row]
@@ -209,9 +219,12 @@ def _batches(images: Iterator[tuple[int, Fitted]], batch_size: int) -> Iterator[
     yield from waiting.values()
 
 
-def _out_of_memory(batch: Sequence[tuple[int, Fitted]]) -> InfexportError:
-    shapes = f"a batch of {len(batch)} images of {list(batch[0][1].pixels.shape)}" if batch else "while reading it"
-    return InfexportError("not enough memory for an image", shapes, "try a smaller --size or --batch-size")
+def _shapes(batch: Sequence[tuple[int, Fitted]]) -> str:
+    return f"a batch of {len(batch)} images of {list(batch[0][1].pixels.shape)}"
+
+
+def _out_of_memory(doing: str) -> InfexportError:
+    return InfexportError("not enough memory for an image", doing, "try a smaller --size or --batch-size")
 
 
 def _not_finite(file: str) -> InfexportError:

@@ -116,8 +116,8 @@ def run_engine(
     for line in warnings:
         out.warning(line)
     limit = int(0.8 * available_memory()) if memory is None else memory
-    policy = Policy(execution, limit, scratch, chunk, tokens == "float16")
-    request = Request(policy, size, edge, batch_size, provider, threads)
+    policy = Policy(execution, limit, scratch, chunk, tokens == "float16", batch_size)
+    request = Request(policy, size, edge, provider, threads)
     names = [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in opened.manifest.stages or ()]
     told: set[str] = set()
     with out.progress(len(files), "images") as bar:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -73,20 +73,16 @@ class Scratch:
         self.folder = root / identity.name
         self.position: Position | None = None
         self._identity, self._status = identity, status
-        self._lock: Any = None
+        self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
+        self._lock = _locked(self.folder)
+        if self._lock is None:
             raise InfexportError(
                 f"this image is being run already: {self._identity.image}",
                 f"another process is in {self.folder}",
                 "wait for it, or give another --scratch",
-            ) from error
+            )
         self._go_on_or_start()
         return self
 
@@ -121,7 +117,26 @@ class Scratch:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             self._status(f"interrupted: the same command goes on; what it needs is in {self.folder}")
+        assert self._lock is not None, "entered"
         self._lock.close()
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """The lock of a folder, which is made; None where another process has it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / LOCK).open("w")
+        except FileNotFoundError:
+            continue  # deleted meanwhile by who had finished in it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            return None
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+        lock.close()
 
 
 def _replace(file: Path, content: bytes) -> None:
@@ -156,13 +171,9 @@ def clean(root: Path) -> int:
     """Delete what interrupted runs left in `root`, but for what a process is in: bytes that are free now."""
     freed = 0
     for folder in root.glob(f"{PREFIX}*"):
-        if not (folder / LOCK).is_file():
-            continue
-        with (folder / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
+        lock = _locked(folder) if (folder / LOCK).is_file() else None
+        if lock is not None:
             freed += sum(file.stat().st_blocks * 512 for file in folder.iterdir())
             shutil.rmtree(folder, ignore_errors=True)
+            lock.close()
     return freed

@@ -61,6 +61,7 @@ class Source:
         edge: the last patch is completed by replicating the edge (`pad`), or cut off (`crop`).
 
     Attributes:
+        rows: the image.
         grid: patches, `(height, width)`.
         padded_share: share of the pixels that are not the image's.
 
@@ -69,7 +70,7 @@ class Source:
     """
 
     def __init__(self, rows: Rows, patch: int, edge: Literal["pad", "crop"]) -> None:
-        self._rows, self._patch = rows, patch
+        self.rows, self._patch = rows, patch
         self.grid = patches_of(rows.height, rows.width, patch, edge)
         height, width = (patch * side for side in self.grid)
         self.padded_share = 1 - min(height, rows.height) * min(width, rows.width) / (height * width)
@@ -110,7 +111,7 @@ class Source:
 
     def _read(self, start: int, stop: int) -> Pixels:
         """Rows of patches, completed."""
-        pixels = self._rows.read(start * self._patch, min(stop * self._patch, self._rows.height))
+        pixels = self.rows.read(start * self._patch, min(stop * self._patch, self.rows.height))
         pixels = pixels[:, : self.grid[1] * self._patch]
         missing = (stop - start) * self._patch - pixels.shape[0], self.grid[1] * self._patch - pixels.shape[1]
         if any(missing):
@@ -135,28 +136,34 @@ class VipsRows:
         self._path, self._error = path, pyvips.Error
         try:
             image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+            # a tile that is not there is a warning of TIFF's reader; warnings of others are harmless
+            fail_on = "warning" if image.get("vips-loader").startswith("tiff") else "truncated"
             if image.get_typeof("orientation") and image.get("orientation") != 1:
                 # turning needs all of it: libvips decodes to a temporary file what is large
-                image = pyvips.Image.new_from_file(str(path), fail_on="truncated").autorot()
-            if image.interpretation not in ("srgb", "rgb", "b-w", "rgb16", "grey16", "multiband"):
+                image = pyvips.Image.new_from_file(str(path), fail_on=fail_on).autorot()
+            else:
+                image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on=fail_on)
+            known = image.format in ("uchar", "ushort") and image.bands <= 4
+            if known and image.interpretation not in ("srgb", "rgb", "b-w", "rgb16", "grey16", "multiband"):
                 image = image.colourspace("srgb")
         except pyvips.Error as error:
             raise self._damaged(error) from error
-        if image.format not in ("uchar", "ushort") or image.bands > 4:
+        if not known:
             raise InfexportError(
                 f"pixel values without a known range: {path}",
                 f"received {image.bands} bands of {image.format}; expected up to 4 of 8-bit or 16-bit integers",
                 "scale the image to 8 or 16 bits and save it again",
             )
-        self._image = image
+        self._region = pyvips.Region.new(image)
+        self._dtype = np.uint8 if image.format == "uchar" else np.uint16
         self.height, self.width = image.height, image.width
 
     def read(self, start: int, stop: int) -> Pixels:
         try:
-            part = self._image.crop(0, start, self.width, stop - start).numpy()
+            part = self._region.fetch(0, start, self.width, stop - start)
         except self._error as error:
             raise self._damaged(error) from error
-        return to_rgb(part.reshape(stop - start, self.width, -1))
+        return to_rgb(np.frombuffer(part, self._dtype).reshape(stop - start, self.width, -1))
 
     def _damaged(self, error: Exception) -> InfexportError:
         text = str(error).strip().splitlines()

@@ -1,0 +1,123 @@
+"""Runs that are interrupted go on; what has changed starts anew; nothing is left behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from infexport.bundle import open_bundle
+from infexport.errors import InfexportError
+from infexport.runners.ort import OrtStages
+from infexport.stream import stream
+from infexport.stream.driver import Position
+from infexport.stream.scratch import Identity, Scratch, clean
+from infexport.stream.source import ArrayRows, Source
+from infexport.validate import synthetic_image
+
+
+class Killed(BaseException):
+    """Not an error: what a signal or a power cut is to the code."""
+
+
+class Counting:
+    """Stages that are interrupted in the `last`-th call, before or after it was computed."""
+
+    def __init__(self, runner, last=None, after=False):
+        self.runner, self.last, self.after, self.calls = runner, last, after, 0
+
+    def run(self, stage, feeds):
+        self.calls += 1
+        if self.calls == self.last and not self.after:
+            raise Killed
+        outputs = self.runner.run(stage, feeds)
+        if self.calls == self.last:
+            raise Killed
+        return outputs
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"pixels")
+    return path
+
+
+@pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
+def test_killed_anywhere_the_answer_is_the_same_bit_for_bit(name, golden_bundle, image_file, tmp_path):
+    bundle, image = open_bundle(golden_bundle(name)), synthetic_image(100, 130)
+    identity = Identity(image_file, {"chunk": 3})
+
+    def run(counting, said):
+        with Scratch(tmp_path / "scratch", identity, said.append) as scratch:
+            source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
+            return stream(bundle, counting, source, scratch, chunk=3)
+
+    with OrtStages(bundle, "cpu") as runner:
+        whole = Counting(runner)
+        expected = run(whole, [])
+        assert not list((tmp_path / "scratch").iterdir())  # nothing is left after success
+        random = np.random.default_rng(0)
+        for trial in range(10):
+            said: list[str] = []
+            first = Counting(runner, int(random.integers(20, whole.calls // 2)), after=bool(trial % 2))
+            second = Counting(runner, int(random.integers(2, 20)))  # killed again, in the run that goes on
+            for killed in (first, second):
+                with pytest.raises(Killed):
+                    run(killed, said)
+            last = Counting(runner)
+            found = run(last, said)
+            assert np.array_equal(found.logits, expected.logits)
+            assert np.array_equal(found.features, expected.features)
+            assert last.calls < whole.calls
+            assert sum("going on" in line for line in said) >= 1
+            assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_what_changed_starts_anew_and_says_so(image_file, tmp_path):
+    said: list[str] = []
+
+    def interrupted(facts):
+        scratch = Scratch(tmp_path, Identity(image_file, facts), said.append)
+        scratch.__enter__()
+        position = scratch.position
+        scratch.record(Position(3, 5, {"mass": np.arange(2.0)}, {"moment": np.ones((1, 2))}))
+        scratch.__exit__(Killed, Killed(), None)
+        return position
+
+    assert interrupted({"chunk": 7}) is None
+    again = interrupted({"chunk": 7})
+    assert (again.stage, again.done) == (3, 5)
+    assert again.sums["mass"].tolist() == [0, 1]
+    assert again.added["moment"].tolist() == [[1, 1]]
+    assert interrupted({"chunk": 8}) is None
+    assert "chunk" in said[-2]
+    image_file.write_bytes(b"other pixels")
+    assert interrupted({"chunk": 8}) is None
+    assert "image size" in said[-2]
+
+
+def test_an_error_of_ours_leaves_nothing(image_file, tmp_path):
+    with pytest.raises(InfexportError, match="damaged"), Scratch(tmp_path / "s", Identity(image_file, {}), print):
+        raise InfexportError("damaged")
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_one_process_at_a_time(image_file, tmp_path):
+    identity = Identity(image_file, {})
+    with Scratch(tmp_path, identity, print) as scratch:
+        (scratch.folder / "tokens").write_bytes(b"x" * 5000)
+        with pytest.raises(InfexportError, match="is being run already"), Scratch(tmp_path, identity, print):
+            pass
+        assert clean(tmp_path) == 0  # what is in use stays
+        assert (scratch.folder / "tokens").exists()
+
+
+def test_clean_deletes_what_was_left(image_file, tmp_path):
+    scratch = Scratch(tmp_path, Identity(image_file, {}), print)
+    scratch.__enter__()
+    (scratch.folder / "tokens").write_bytes(b"x" * 5000)
+    scratch.__exit__(Killed, Killed(), None)
+    (tmp_path / "somebody else's").mkdir()
+    assert clean(tmp_path) >= 5000
+    assert not scratch.folder.exists()
+    assert (tmp_path / "somebody else's").exists()
