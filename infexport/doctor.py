@@ -118,6 +118,23 @@ def _engines() -> Check:
     )
 
 
+def _images() -> list[Check]:
+    return [
+        Check(
+            "stream images",
+            installed("pyvips"),
+            _versions("pyvips", "pyvips-binary"),
+            "pip install 'infexport[stream]'",
+        ),
+        Check(
+            "stream slides",
+            installed("openslide"),
+            _versions("openslide-python", "openslide-bin"),
+            "pip install 'infexport[slides]'",
+        ),
+    ]
+
+
 def examine() -> list[Check]:
-    """Every check, in the order of the road: machine, convert, run, engines."""
-    return [_machine(), _convert(), *_runtime(), _engines()]
+    """Every check, in the order of the road: machine, convert, run, images, engines."""
+    return [_machine(), _convert(), *_runtime(), *_images(), _engines()]

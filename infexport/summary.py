@@ -30,6 +30,7 @@ def summary_lines(bundle: Bundle) -> list[str]:
         f"input       {_input(manifest)}",
         f"precision   {_precision(manifest)}{', folded' if manifest.folded else ''}",
         f"checkpoint  {manifest.checkpoint['path']} (layout {manifest.layout})",
+        f"streaming   {f'{len(manifest.stages)} stages' if manifest.stages else 'no stages: whole images only'}",
     ]
     if manifest.neumann and manifest.neumann["terms"] > 1:
         neumann = manifest.neumann

@@ -39,7 +39,13 @@ print(min(product.seconds() for _ in range(5)))
 
 @dataclass(frozen=True)
 class Case:
-    """A run: `way` is `whole`, `memory` or `disk`; `tokens` the dtype they are kept in."""
+    """A run.
+
+    Attributes:
+        variant, precision, side: of the model and the image.
+        way: `whole`; `plain`, that of an export that is not folded; `memory` or `disk`, streamed.
+        tokens: the dtype in which tokens are kept.
+    """
 
     variant: str
     precision: str
@@ -49,7 +55,7 @@ class Case:
 
     @property
     def options(self) -> list[str]:
-        if self.way == "whole":
+        if self.way in ("whole", "plain"):
             return ["--execution", "whole"]
         return ["--execution", "stream", "--tokens", self.tokens]
 
@@ -61,11 +67,12 @@ def default_cases() -> list[Case]:
             cases += [Case("linear", precision, side, way) for way in ("whole", "memory", "disk")]
         cases += [Case("linear", precision, 9216, way) for way in ("memory", "disk")]
     cases.append(Case("linear", "fp32", 9216, "disk", "float16"))
+    cases.append(Case("linear", "fp32", 4096, "plain"))
     cases += [Case("pure", "fp32", side, way) for side in (224, 1024, 2304) for way in ("whole", "memory", "disk")]
     return cases
 
 
-def make_bundle(variant: str, precision: str, folder: Path) -> Bundle:
+def make_bundle(case: Case, folder: Path) -> Bundle:
     """The paper's model of four layers, random weights, converted."""
     import torch
     from safetensors.torch import save_file
@@ -73,12 +80,14 @@ def make_bundle(variant: str, precision: str, folder: Path) -> Bundle:
     from infvit.config import SIZES
     from infvit.network import InfViT
 
-    path = folder / f"{variant}-{precision}"
+    variant, precision, plain = case.variant, case.precision, case.way == "plain"
+    path = folder / f"{variant}-{precision}{'-plain' if plain else ''}"
     if not path.exists():
         torch.manual_seed(0)
         checkpoint = folder / "model.safetensors"
         save_file(InfViT(SIZES[f"infvit_{variant}_4l"]).state_dict(), checkpoint)
         told = ["--variant", f"{variant}_infsa", "--num-heads", "16", "--precision", precision]
+        told.append("--no-fold" if plain else "--fold")
         infexport = [sys.executable, "-m", "infexport", "convert", "checkpoint", checkpoint, "-o", path]
         subprocess.run([*infexport, *told], check=True, capture_output=True)
     return open_bundle(path)
@@ -126,15 +135,16 @@ def run(case: Case, bundle: Bundle, image: Path, scratch: Path, memory: int) -> 
     after = gemm(case.precision)
     tokens = (-(-case.side // PATCH)) ** 2 + 1
     policy = Policy("auto", memory, None, 1024, case.tokens == "float16")
-    predicted = estimates(bundle, policy, Image(tokens, case.side))[case.way]  # type: ignore[index]
-    work = work_of(bundle.manifest.config, True, tokens)
+    predicted = estimates(bundle, policy, Image(tokens, case.side))
+    way = "whole" if case.way == "plain" else case.way
+    work = work_of(bundle.manifest.config, bundle.manifest.folded, tokens)
     limit = limit_of(work, 1, case.precision, {kind: before[kind] + after[kind] for kind in before})
     answer = json.loads(text)["images"][0]
     return asdict(case) | {
         "rows": tokens,
         "seconds": seconds,
         "peak": peak,
-        "predicted": predicted,
+        "predicted": predicted[way],
         "limit": limit,
         "execution": answer["execution"],
         "rounding": answer.get("rounding", 0.0),
@@ -156,7 +166,7 @@ def table(report: dict[str, Any]) -> str:
             f"{row['variant']} {row['precision']}",
             f"{row['side']}²",
             f"{row['rows']:,}",
-            "whole" if row["way"] == "whole" else kept,
+            {"whole": "whole", "plain": "whole, not folded"}.get(row["way"], kept),
             f"{row['seconds']:.2f}",
             f"{1e6 * row['seconds'] / row['rows']:.0f}",
             f"{row['limit'] / row['seconds']:.0%}",
@@ -203,7 +213,7 @@ def main() -> None:
             if not image.exists():
                 make_bigtiff.write(image, case.side, case.side, make_bigtiff.photographs([]))
             rows.append(
-                run(case, make_bundle(case.variant, case.precision, folder), image, Path(scratch), options.memory)
+                run(case, make_bundle(case, folder), image, Path(scratch), options.memory)
             )
             print(*(f"{k}={v}" for k, v in rows[-1].items() if k != "features"), file=sys.stderr, flush=True)
     compare(rows)
