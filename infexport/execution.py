@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -79,13 +80,11 @@ def choose(bundle: Bundle, policy: Policy, image: Image) -> Way:
             "it was converted with --no-fold, or by an earlier infexport",
             "convert the checkpoint again",
         )
-    if policy.execution == "whole":
-        ways: list[Way] = ["whole"]
-    else:
-        streamed: list[Way] = ["memory", "disk"] if policy.scratch is None else ["disk"]
-        ways = [way for way in streamed if way in found]
+    ways: list[Way] = ["whole"]
+    if policy.execution != "whole" and bundle.manifest.stages is not None:
+        ways = ["memory", "disk"] if policy.scratch is None else ["disk"]
         if policy.execution == "auto" and policy.scratch is None:
-            ways = ["whole", *ways] if image.tokens <= WHOLE_TOKENS + 1 else [*ways[:1], "whole", *ways[1:]]
+            ways.insert(0 if image.tokens <= WHOLE_TOKENS + 1 else 1, "whole")
     for way in ways:
         if found[way] <= policy.memory:
             return way
@@ -105,10 +104,6 @@ def choose(bundle: Bundle, policy: Policy, image: Image) -> Way:
 
 def size_text(size: int, up: bool = False) -> str:
     """Bytes as people write them, and as `--memory` reads them; `up` never says less than it is."""
-    for unit, value in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= value or unit == "MiB":
-            number = size / value
-            step = 100 if unit == "GiB" else 1
-            shown = -(-number * step // 1) / step if up else round(number * step) / step
-            return f"{shown:g}{unit}"
-    raise AssertionError
+    unit, name, step = (2**30, "GiB", 100) if size >= 2**30 else (2**20, "MiB", 1)
+    number = size / unit * step
+    return f"{(math.ceil(number) if up else round(number)) / step:.2f}".rstrip("0").rstrip(".") + name

@@ -15,8 +15,8 @@ from infexport.stream.stores import dtype_of
 PROCESS = 105_000_000
 """Python with numpy, Pillow, libvips and ONNX Runtime."""
 F32 = 4
-TILE_ROWS = 256
-"""Rows of pixels that a reader holds of a tiled image."""
+TILE_ROWS = 14 * 256
+"""Rows of pixels that libvips holds of a tiled image."""
 
 
 def _activations(manifest: Manifest) -> int:
@@ -65,7 +65,7 @@ def streamed(manifest: Manifest, tokens: int, width: int, chunk: int, half: bool
         # queries, keys, values, their heads apart, and the product; read from disk, once more
         passing += min(PAIR_CHUNKS * chunk, tokens) * embed * F32 * (11 if on_disk else 8)
     rows = max(config["patch_size"], chunk * config["patch_size"] ** 2 // width)
-    strips = 3 * width * (4 * rows + 4 * TILE_ROWS)
+    strips = 3 * width * (4 * rows + TILE_ROWS)
     kept = 0
     if not on_disk:
         for name, spare in layout_of(stages, tokens, chunk, resumable=False).spare.items():

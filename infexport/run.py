@@ -20,7 +20,7 @@ from infexport.images import read_image
 from infexport.machine import usable_cores
 from infexport.predictions import Failure, Prediction
 from infexport.runners import Runner
-from infexport.runners.ort import OrtRunner, OrtStages, import_onnxruntime
+from infexport.runners.ort import OrtRunner, OrtStages, candidates, import_onnxruntime
 from infexport.stream import stream
 from infexport.stream.scratch import Identity, Scratch, default_scratch
 from infexport.stream.source import ArrayRows, Rows, Source, open_rows
@@ -78,6 +78,7 @@ class Run:
         self._answers: dict[int, Prediction] = {}
         self._failures: dict[int, Failure] = {}
         self._sessions = ExitStack()
+        self._on_gpu = False
 
     def __call__(self, files: Sequence[Path]) -> tuple[list[Prediction], list[Failure]]:
         """Predictions and failures, each in the order of `files`.
@@ -85,6 +86,8 @@ class Run:
         Raises:
             InfexportError: the bundle cannot be run at all. What is wrong with an image is a failure of that image.
         """
+        available = import_onnxruntime().get_available_providers()
+        self._on_gpu = candidates(self.request.provider, available)[0] != "cpu"
         with self._sessions:
             for batch in _batches(self._whole_images(files), self.request.policy.batch):
                 runner = self._runner
@@ -118,22 +121,20 @@ class Run:
     def _whole_images(self, files: Sequence[Path]) -> Iterator[tuple[int, Fitted]]:
         """The images that are run whole; what is streamed is run here."""
         for index, file in enumerate(files):
-            image: Fitted | None = None
-            opened: tuple[Source, Way] | None = None
+            opened: Fitted | tuple[Source, Way] | None = None
             with self._failing(files, [index], "while reading it"):
                 opened = self._open(file)
-                if opened[1] == "whole":
-                    image = self._read(file, opened[0])
-            if image is not None:
-                yield index, image
+            if isinstance(opened, Fitted):
+                yield index, opened
                 continue
-            if opened is not None and opened[1] != "whole":
+            if opened is not None:
                 stages = self._stages
                 with self._failing(files, [index], "while streaming it"):
                     self._answer(index, file, self._stream(file, *opened, stages))
             self.listener.image(1)
 
-    def _open(self, file: Path) -> tuple[Source, Way]:
+    def _open(self, file: Path) -> Fitted | tuple[Source, Way]:
+        """An image that is to be run whole, or one to be streamed, and how."""
         request = self.request
         rows: Rows
         if request.size == "native":
@@ -141,16 +142,16 @@ class Run:
         else:
             rows = ArrayRows(resized(read_image(file), request.size, self._transform))
         source = Source(rows, self._patch, request.edge)
-        image = Image(source.tokens, source.grid[1] * self._patch, rows.loaded)
-        return source, choose(self.bundle, request.policy, image)
-
-    def _read(self, file: Path, source: Source) -> Fitted:
-        pixels = source.rows.pixels if isinstance(source.rows, ArrayRows) else read_image(file)
-        return fit(pixels, self._patch, "native", self._transform, self.request.edge)
+        # what is predicted is a CPU's memory, and the caches that make chunks faster are a CPU's
+        if request.policy.execution == "stream" or not self._on_gpu:
+            way = choose(self.bundle, request.policy, Image(source.tokens, source.grid[1] * self._patch, rows.loaded))
+            if way != "whole":
+                return source, way
+        pixels = rows.pixels if isinstance(rows, ArrayRows) else read_image(file)
+        return fit(pixels, self._patch, "native", self._transform, request.edge)
 
     def _stream(self, file: Path, source: Source, way: Way, stages: OrtStages) -> Prediction:
-        policy = self.request.policy
-        listener = self.listener
+        policy, listener = self.request.policy, self.listener
         scratch: Scratch | None = None
         with ExitStack() as stack:
             if way == "disk":
@@ -166,9 +167,14 @@ class Run:
                 lambda stage, done, total: listener.sweep(_name(file), stage, done, total),
             )
         kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}{' in float16' if policy.half else ''}"
-        execution = f"stream, {kept}"
         return Prediction(
-            _name(file), source.grid, source.padded_share, found.logits, found.features, execution, found.rounding
+            _name(file),
+            source.grid,
+            source.padded_share,
+            found.logits,
+            found.features,
+            f"stream, {kept}",
+            found.rounding,
         )
 
     def _identity(self, file: Path) -> Identity:

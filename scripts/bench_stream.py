@@ -212,9 +212,7 @@ def main() -> None:
             image = folder / f"{case.side}.tif"
             if not image.exists():
                 make_bigtiff.write(image, case.side, case.side, make_bigtiff.photographs([]))
-            rows.append(
-                run(case, make_bundle(case, folder), image, Path(scratch), options.memory)
-            )
+            rows.append(run(case, make_bundle(case, folder), image, Path(scratch), options.memory))
             print(*(f"{k}={v}" for k, v in rows[-1].items() if k != "features"), file=sys.stderr, flush=True)
     compare(rows)
     report = {"cpu": cpu_model(), "cores": usable_cores(), "rows": rows}

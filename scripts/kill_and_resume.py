@@ -32,7 +32,16 @@ def main() -> None:
         folder = Path(scratch)
         bundle = bench_stream.make_bundle(bench_stream.Case("linear", "fp32", options.side, "disk"), folder)
         make_bigtiff.write(folder / "image.tif", options.side, options.side, make_bigtiff.photographs([]))
-        command = [sys.executable, "-m", "infexport", "run-engine", bundle.path, folder / "image.tif", "--size", "native"]
+        command = [
+            sys.executable,
+            "-m",
+            "infexport",
+            "run-engine",
+            bundle.path,
+            folder / "image.tif",
+            "--size",
+            "native",
+        ]
         command += ["--execution", "stream", "--scratch", folder / "scratch", "--output", folder / "out.npz"]
 
         def run() -> tuple[float, np.ndarray, str]:

@@ -12,15 +12,16 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A place with nothing but the zoo, where the road's commands write."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "models").symlink_to(ROOT / "models")
+    for name in ("models", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
@@ -34,6 +35,18 @@ def test_the_road(infexport, folder, monkeypatch):
         infexport(*arguments)
     assert (folder / "bundle" / "engines" / "a100-fp32.engine").is_file()
     assert len((folder / "digits.csv").read_text().splitlines()) == 21
+
+
+def test_streaming(infexport, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    infexport("convert", "checkpoint", "models/zoo/digits-linear", "--output", "bundle", "--force")
+    (commands,) = blocks("bash", (ROOT / "docs" / "streaming.md").read_text())
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "python":
+            subprocess.run([sys.executable, *arguments], check=True)
+        else:
+            infexport(*arguments)
 
 
 def test_the_python(tmp_path):
@@ -54,8 +67,9 @@ def test_the_two_commands_are_there_and_ci_runs_the_second():
 
 
 def test_links_and_extras_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text()):
+            assert (file.parent / target).exists(), target
     project = (ROOT / "pyproject.toml").read_text()
     for extras in re.findall(r"'\.\[([a-z,-]+)\]'", README):
         for extra in extras.split(","):
@@ -63,4 +77,5 @@ def test_links_and_extras_exist():
 
 
 def test_figures_are_filled_in():
-    assert "@" not in README
+    for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        assert "@" not in file.read_text(), file
