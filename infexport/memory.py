@@ -15,7 +15,7 @@ from infexport.stream.stores import dtype_of
 PROCESS = 105_000_000
 """Python with numpy, Pillow, libvips and ONNX Runtime."""
 F32 = 4
-TILE_ROWS = 14 * 256
+TILE_ROWS = 4 * 256
 """Rows of pixels that libvips holds of a tiled image."""
 
 
