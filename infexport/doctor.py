@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from infexport.extras import installed
+from infexport.extras import importable, installed
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def _images() -> list[Check]:
     return [
         Check(
             "stream images",
-            installed("pyvips"),
+            importable("pyvips"),
             _versions("pyvips", "pyvips-binary"),
             "pip install 'infexport[stream]'",
         ),
         Check(
             "stream slides",
-            installed("openslide"),
+            importable("openslide"),
             _versions("openslide-python", "openslide-bin"),
             "pip install 'infexport[slides]'",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 from infexport.errors import InfexportError
@@ -9,6 +10,17 @@ from infexport.errors import InfexportError
 
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def importable(module: str) -> bool:
+    """Whether a module can be imported: one that is installed may want a library that the system has not."""
+    if not installed(module):
+        return False
+    try:
+        importlib.import_module(module)
+    except Exception:  # a binding's import runs the dynamic loader, which raises what it likes
+        return False
+    return True
 
 
 def require(*modules: str, extra: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -87,8 +88,10 @@ class Run:
             InfexportError: the bundle cannot be run at all. What is wrong with an image is a failure of that image.
         """
         available = import_onnxruntime().get_available_providers()
-        self._on_gpu = candidates(self.request.provider, available)[0] != "cpu"
         with self._sessions:
+            # a package for GPUs may be where none is: only a session knows
+            if candidates(self.request.provider, available)[0] != "cpu":
+                self._on_gpu = self._runner.provider != "cpu"
             for batch in _batches(self._whole_images(files), self.request.policy.batch):
                 runner = self._runner
                 with self._failing(files, [index for index, _ in batch], _shapes(batch)):
@@ -102,7 +105,10 @@ class Run:
         try:
             yield
         except (InfexportError, MemoryError) as error:
-            reason = error if isinstance(error, InfexportError) else _out_of_memory(doing)
+            # a new one: what was raised holds on to all that was in memory where it was
+            reason = _out_of_memory(doing)
+            if isinstance(error, InfexportError):
+                reason = InfexportError(error.summary, error.details, error.hint)
             self._failures |= {index: Failure(_name(files[index]), reason) for index in indices}
 
     @cached_property
@@ -143,7 +149,7 @@ class Run:
             rows = ArrayRows(resized(read_image(file), request.size, self._transform))
         source = Source(rows, self._patch, request.edge)
         # what is predicted is a CPU's memory, and the caches that make chunks faster are a CPU's
-        if request.policy.execution == "stream" or not self._on_gpu:
+        if request.policy.execution == "stream" or request.policy.scratch is not None or not self._on_gpu:
             way = choose(self.bundle, request.policy, Image(source.tokens, source.grid[1] * self._patch, rows.loaded))
             if way != "whole":
                 return source, way
@@ -156,7 +162,8 @@ class Run:
         with ExitStack() as stack:
             if way == "disk":
                 root = policy.scratch or default_scratch()
-                scratch = stack.enter_context(Scratch(root, self._identity(file), listener.status))
+                identity = self._identity(file, source.rows, stages.provider)
+                scratch = stack.enter_context(Scratch(root, identity, listener.status))
             found = stream(
                 self.bundle,
                 stages,
@@ -177,7 +184,7 @@ class Run:
             found.rounding,
         )
 
-    def _identity(self, file: Path) -> Identity:
+    def _identity(self, file: Path, rows: Rows, provider: str) -> Identity:
         """What decides an image's answer to the last bit."""
         request, manifest = self.request, self.bundle.manifest
         facts = {
@@ -186,9 +193,11 @@ class Run:
             "edge": request.edge,
             "chunk": request.policy.chunk,
             "tokens": "float16" if request.policy.half else "float32",
-            "provider": request.provider,
+            "provider": provider,
             "threads": request.threads or usable_cores(),
+            "reader": rows.reader,
             "onnxruntime": import_onnxruntime().__version__,
+            "infexport": importlib.metadata.version("infexport"),
         }
         return Identity(file, facts)
 

@@ -63,8 +63,8 @@ def export_stages(model: ImageModel, whole: Path) -> list[Stage]:
     stages: list[Stage] = []
     for index, (sweep, kind) in enumerate(zip(cut, kinds, strict=True)):
         tensors = _tensors(sweep)
-        # without weights, one graph serves all layers
-        namesake = index if tensors else first[kind]
+        # what is the same again has one graph; without weights, all layers have
+        namesake = cut.index(sweep) if tensors else first[kind]
         graph = f"stream-{namesake:02}-{type(sweep).__name__.lower()}.onnx"
         if namesake == index:
             program.model = _part(together, parts.index(cut[first[kind]]), sweep, tensors)

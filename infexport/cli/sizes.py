@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -24,7 +25,7 @@ class Bytes(click.ParamType[int]):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
         unit = next((UNITS[name] for name in UNITS if found and name.lower() == found[2].lower()), None)
-        if found is None or unit is None or float(found[1]) * unit < 1:
+        if found is None or unit is None or not 1 <= float(found[1]) * unit < math.inf:
             self.fail(
                 f"{value!r} is no amount of memory; expected a number and a unit, such as 4GiB or 800MB", param, ctx
             )

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from infexport.bundle import Bundle
-from infexport.stream.driver import Array, Driver, Progress, StageRunner, Tokens, layout_of
+from infexport.stream.driver import Array, Driver, Position, Progress, StageRunner, Tokens, layout_of
 from infexport.stream.scratch import Scratch
 from infexport.stream.source import Source
 from infexport.stream.stores import FileStore, HalfStore, MemoryStore, Store, dtype_of
@@ -57,6 +57,7 @@ def stream(
     stages, precision = bundle.manifest.stages, bundle.manifest.precision
     assert stages is not None, "the caller checks that there are stages"
     width = bundle.manifest.config["embed_dim"]
+    position = Position() if scratch is None or scratch.position is None else scratch.position
     halves: list[HalfStore] = []
 
     def make(name: str, rows: int) -> Store:
@@ -69,12 +70,13 @@ def stream(
         if dtype == dtype_of(name, precision, half=False):
             return store
         halves.append(HalfStore(store))
+        halves[-1].squares = position.squares.setdefault(name, halves[-1].squares)
         return halves[-1]
 
     layout = layout_of(stages, source.tokens, chunk, resumable=scratch is not None)
     with closing(Tokens(layout, make)) as tokens:
         record = None if scratch is None else scratch.record
         driver = Driver(stages, runner, source, tokens, chunk, progress, record)
-        outputs = driver.run(None if scratch is None else scratch.position)
+        outputs = driver.run(position)
     rounding = max((store.relative_error for store in halves), default=0.0)
     return Streamed(outputs["logits"][0], outputs["features"][0], rounding)

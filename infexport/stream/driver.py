@@ -45,12 +45,14 @@ class Position:
         done: rows (strips: patches) of it that are done.
         sums: what the stages before gave, float64.
         added: what this stage has given so far, float64.
+        squares: of every store that rounds, `stores.HalfStore.squares`.
     """
 
     stage: int = 0
     done: int = 0
     sums: Sums = field(default_factory=dict)
     added: Sums = field(default_factory=dict)
+    squares: Sums = field(default_factory=dict)
 
 
 class Progress(Protocol):
@@ -87,7 +89,7 @@ def layout_of(stages: Sequence[Stage], rows: int, chunk: int, resumable: bool) -
             needed = 0
             if name in stage.inputs:
                 # pairs read all rows until the last is written
-                needed = rows if stage.over == "pairs" else RECORD_CHUNKS * chunk * resumable
+                needed = rows if stage.over == "pairs" else min(rows, RECORD_CHUNKS * chunk * resumable)
             spare[name] = max(spare.get(name, 0), needed)
             # the class token and the image are written as one
             written[name] = written.get(name, 0) + (stage.over != "nothing")
@@ -105,8 +107,12 @@ class Tokens:
     def __init__(self, layout: Layout, make: Callable[[str, int], Store]) -> None:
         self.layout = layout
         self._rings: dict[str, Ring] = {}
-        for name, spare in layout.spare.items():
-            self._rings[name] = Ring(make(name, layout.rows + spare), layout.rows, spare)
+        try:
+            for name, spare in layout.spare.items():
+                self._rings[name] = Ring(make(name, layout.rows + spare), layout.rows, spare)
+        except BaseException:
+            self.close()  # the first ones fitted
+            raise
 
     def read(self, stage: int, name: str, start: int, stop: int) -> Array:
         """Rows `[1, stop − start, E]` as they were before the stage."""
@@ -170,7 +176,7 @@ class Driver:
                     recorded, chunks = time.monotonic(), 0
             # the image goes on with the sums that the class token began
             begun = position.added if stage.over == "nothing" else {}
-            position = Position(index + 1, 0, position.sums | position.added, begun)
+            position = Position(index + 1, 0, position.sums | position.added, begun, position.squares)
             if self.record is not None and index + 1 < len(self.stages):
                 self.record(position)
                 recorded, chunks = time.monotonic(), 0

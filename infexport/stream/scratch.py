@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
 
 from infexport.errors import InfexportError
 from infexport.stream.driver import Position
+from infexport.stream.stores import scratch_errors
 
 RUN, STATE, LOCK = "run.json", "state.npz", "lock"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -57,8 +58,8 @@ class Identity:
 class Scratch:
     """The folder of one run; entered, nobody else can be in it.
 
-    Left without an error it is deleted, and left by one of ours too, since the same command would meet it again. Killed
-    or interrupted it stays, and the same run goes on from `position`.
+    Left without an error it is deleted, and left by an error too, which the same command would meet again. Killed or
+    interrupted it stays, and the same run goes on from `position`.
 
     Args:
         root: in which the folder is made.
@@ -76,14 +77,15 @@ class Scratch:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        self._lock = _locked(self.folder)
-        if self._lock is None:
-            raise InfexportError(
-                f"this image is being run already: {self._identity.image}",
-                f"another process is in {self.folder}",
-                "wait for it, or give another --scratch",
-            )
-        self._go_on_or_start()
+        with scratch_errors(self.folder):
+            self._lock = _locked(self.folder)
+            if self._lock is None:
+                raise InfexportError(
+                    f"this image is being run already: {self._identity.image}",
+                    f"another process is in {self.folder}",
+                    "wait for it, or give another --scratch",
+                )
+            self._go_on_or_start()
         return self
 
     def _go_on_or_start(self) -> None:
@@ -96,9 +98,7 @@ class Scratch:
         if before is not None and before != now:
             changed = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
             self._status(f"starting anew: changed since the run that was interrupted: {', '.join(sorted(changed))}")
-        for file in self.folder.iterdir():
-            if file.name != LOCK:
-                file.unlink()
+        _empty(self.folder)
         _replace(self.folder / RUN, json.dumps(now).encode())
 
     def record(self, position: Position) -> None:
@@ -106,15 +106,17 @@ class Scratch:
         partial = self.folder / f"{STATE}.partial"
         arrays: dict[str, Any] = {f"sums/{name}": value for name, value in position.sums.items()}
         arrays |= {f"added/{name}": value for name, value in position.added.items()}
-        with partial.open("wb") as file:
-            np.savez(file, at=np.array([position.stage, position.done]), **arrays)
-        partial.replace(self.folder / STATE)
+        arrays |= {f"squares/{name}": value for name, value in position.squares.items()}
+        with scratch_errors(partial):
+            with partial.open("wb") as file:
+                np.savez(file, at=np.array([position.stage, position.done]), **arrays)
+            partial.replace(self.folder / STATE)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or isinstance(error, Exception):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _delete(self.folder)
         else:
             self._status(f"interrupted: the same command goes on; what it needs is in {self.folder}")
         assert self._lock is not None, "entered"
@@ -123,6 +125,8 @@ class Scratch:
 
 def _locked(folder: Path) -> IO[str] | None:
     """The lock of a folder, which is made; None where another process has it."""
+    import fcntl  # not everywhere
+
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -137,6 +141,19 @@ def _locked(folder: Path) -> IO[str] | None:
         if os.fstat(lock.fileno()).st_nlink:
             return lock
         lock.close()
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a folder, but for its lock: first what says that there is something to go on from."""
+    for file in [folder / STATE, folder / RUN, *(file for file in folder.iterdir() if file.name != LOCK)]:
+        file.unlink(missing_ok=True)
+
+
+def _delete(folder: Path) -> None:
+    with suppress(OSError):
+        _empty(folder)
+        (folder / LOCK).unlink()
+        folder.rmdir()
 
 
 def _replace(file: Path, content: bytes) -> None:
@@ -157,14 +174,14 @@ def _read_position(file: Path) -> Position | None:
     try:
         with np.load(file) as arrays:
             stage, done = (int(x) for x in arrays["at"])
-            parts: dict[str, dict[str, Any]] = {"sums": {}, "added": {}}
+            parts: dict[str, dict[str, Any]] = {"sums": {}, "added": {}, "squares": {}}
             for name in arrays.files:
                 kind, _, rest = name.partition("/")
                 if rest:
                     parts[kind][rest] = arrays[name]
-    except OSError:
-        return None  # killed before the first record
-    return Position(stage, done, parts["sums"], parts["added"])
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return None  # killed before the first record, or it is no record
+    return Position(stage, done, parts["sums"], parts["added"], parts["squares"])
 
 
 def clean(root: Path) -> int:
@@ -174,6 +191,6 @@ def clean(root: Path) -> int:
         lock = _locked(folder) if (folder / LOCK).is_file() else None
         if lock is not None:
             freed += sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
             lock.close()
     return freed

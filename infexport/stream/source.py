@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
 from infexport.errors import InfexportError
-from infexport.extras import installed
+from infexport.extras import importable
 from infexport.images import Pixels, grey_to_8_bits, over_white, read_image
 from infexport.transform import patches_of
 
@@ -26,11 +27,13 @@ class Rows(Protocol):
     Attributes:
         height, width: in pixels.
         loaded: bytes of it that are in memory before anything is read.
+        reader: what reads it, and its version.
     """
 
     height: int
     width: int
     loaded: int
+    reader: str
 
     def read(self, start: int, stop: int) -> Pixels:
         """uint8 RGB `[stop − start, width, 3]`; `start` is not before where an earlier read ended.
@@ -43,6 +46,8 @@ class Rows(Protocol):
 
 class ArrayRows:
     """Of an image that is in memory, uint8 `[H, W, 3]`."""
+
+    reader = f"Pillow {PIL.__version__}"
 
     def __init__(self, pixels: Pixels) -> None:
         self.height, self.width = pixels.shape[:2]
@@ -134,6 +139,7 @@ class VipsRows:
         import pyvips
 
         self._path, self._error = path, pyvips.Error
+        self.reader = "libvips " + ".".join(str(pyvips.version(part)) for part in range(3))
         try:
             image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
             # a tile that is not there is a warning of TIFF's reader; warnings of others are harmless
@@ -183,6 +189,7 @@ class SlideRows:
         import openslide
 
         self._path, self._error = path, openslide.OpenSlideError
+        self.reader = f"OpenSlide {openslide.__library_version__}"
         try:
             self._slide = openslide.OpenSlide(path)
         except openslide.OpenSlideError as error:
@@ -218,13 +225,13 @@ def open_rows(path: Path) -> Rows:
     Raises:
         InfexportError: it cannot be opened.
     """
-    if installed("openslide"):
+    if importable("openslide"):
         import openslide
 
         with suppress(OSError):
             if openslide.OpenSlide.detect_format(path) not in (None, "generic-tiff"):
                 return SlideRows(path)
-    if installed("pyvips"):
+    if importable("pyvips"):
         with suppress(InfexportError):  # Pillow says best what is wrong with it
             return VipsRows(path)
     return ArrayRows(read_image(path))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,9 +39,11 @@ class MemoryStore:
 
     def __init__(self, rows: int, width: int, dtype: type) -> None:
         count = rows * width
-        self._memory = mmap.mmap(
-            -1, max(1, count * np.dtype(dtype).itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        size = max(1, count * np.dtype(dtype).itemsize)
+        try:
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{size / 1e9:.2f} GB of tokens") from error
         with suppress(AttributeError, OSError):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._values: Rows = np.frombuffer(self._memory, dtype, count).reshape(rows, width)
@@ -59,16 +62,16 @@ class FileStore:
     """Rows in a file, none of which stay in this process's memory.
 
     Args:
-        path: made, or gone on with where it has the right size.
+        path: made, or gone on with.
         rows, width, dtype: as of `Store`.
 
     Raises:
-        InfexportError: the disk has no room for it.
+        InfexportError: the disk has no room for it, or fails later.
     """
 
     def __init__(self, path: Path, rows: int, width: int, dtype: type) -> None:
         self._dtype, self._width = np.dtype(dtype), width
-        self._bytes = width * self._dtype.itemsize
+        self._path, self._bytes = path, width * self._dtype.itemsize
         self._buffer: Rows = np.empty((0, width), dtype)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -84,7 +87,8 @@ class FileStore:
         rows = self._buffer[: stop - start]
         view, done = memoryview(rows.data).cast("B"), 0
         while done < len(view):
-            got = os.preadv(self._file, [view[done:]], start * self._bytes + done)
+            with scratch_errors(self._path):
+                got = os.preadv(self._file, [view[done:]], start * self._bytes + done)
             if got == 0:
                 raise InfexportError("the scratch file is shorter than it was made", hint="run the same command again")
             done += got
@@ -92,11 +96,25 @@ class FileStore:
 
     def write(self, start: int, values: Rows) -> None:
         view, done = memoryview(np.ascontiguousarray(values).data).cast("B"), 0
-        while done < len(view):
-            done += os.pwrite(self._file, view[done:], start * self._bytes + done)
+        with scratch_errors(self._path):
+            while done < len(view):
+                done += os.pwrite(self._file, view[done:], start * self._bytes + done)
 
     def close(self) -> None:
         os.close(self._file)
+
+
+@contextmanager
+def scratch_errors(path: Path) -> Iterator[None]:
+    """What the system says of a file of a scratch folder, as our error."""
+    try:
+        yield
+    except OSError as error:
+        raise InfexportError(
+            f"cannot use the scratch file: {path}",
+            error.strerror or str(error),
+            "check the folder, its permissions and the room left, or give another --scratch",
+        ) from error
 
 
 def _no_room(path: Path, size: int, error: OSError) -> InfexportError:
@@ -112,6 +130,9 @@ class HalfStore:
 
     Args:
         store: of float16 rows.
+
+    Attributes:
+        squares: Σ rounding² and Σ row² of the writes that were measured, float64.
     """
 
     EVERY = 16
@@ -119,12 +140,13 @@ class HalfStore:
 
     def __init__(self, store: Store) -> None:
         self._store, self._writes = store, 0
-        self._error = self._norm = 0.0
+        self.squares = np.zeros(2)
 
     @property
     def relative_error(self) -> float:
         """‖rounding‖ / ‖rows‖ of one write, over the writes that were measured."""
-        return math.sqrt(self._error / self._norm) if self._norm else 0.0
+        rounding, norm = self.squares
+        return math.sqrt(rounding / norm) if norm else 0.0
 
     def read(self, start: int, stop: int) -> Rows:
         return self._store.read(start, stop).astype(np.float32)
@@ -146,8 +168,7 @@ class HalfStore:
             ) from error
         if self._writes % self.EVERY == 0:
             exact = values.astype(np.float64)
-            self._error += float(((rounded - exact) ** 2).sum())
-            self._norm += float((exact**2).sum())
+            self.squares += ((rounded - exact) ** 2).sum(), (exact**2).sum()
         self._writes += 1
         self._store.write(start, rounded)
 

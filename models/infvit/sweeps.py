@@ -254,6 +254,9 @@ def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
         network: as `infvit.fold.fold` returns it, linear or pure.
         normalise: as of `Embed`.
 
+    Returns:
+        A module for each; the same one for what is the same again.
+
     Raises:
         ValueError: a network that is not folded, whose head may read other tokens than the class token.
     """
@@ -269,6 +272,6 @@ def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
         elif isinstance(attention, ClassTokenPureAttention):
             cut += [Norm(attention.attention), Row(layer)]
         else:
-            cut += [Attend(attention), *(Again(attention) for _ in range(attention.neumann_terms - 1))]
+            cut += [Attend(attention), *[Again(attention)] * (attention.neumann_terms - 1)]
         cut.append(Head(network, layer) if following is None else Apply(layer, following))
     return cut

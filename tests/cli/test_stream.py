@@ -101,6 +101,17 @@ def test_what_does_not_fit_is_refused_with_the_smallest_that_would(infexport, bu
     assert "and --execution stream with tokens on disk" in whole
 
 
+def test_a_package_for_gpus_where_there_is_none(infexport, bundle, scene, monkeypatch):
+    """It streams as on any CPU."""
+    import onnxruntime
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    result = infexport("run-engine", bundle, scene, "--size", "native", "--json")
+    assert json.loads(result.stdout)["images"][0]["execution"] == "stream, tokens in memory"
+    assert "running on cpu" in result.stderr
+
+
 def test_float16_says_what_it_costs(infexport, bundle, scene, tmp_path):
     arguments = ("run-engine", bundle, scene, "--size", "native", "--execution", "stream", "--tokens", "float16")
     image = json.loads(infexport(*arguments, "--json").stdout)["images"][0]
@@ -143,6 +154,20 @@ def test_a_truncated_image_is_one_error_and_leaves_nothing(infexport, bundle, sc
     assert "damaged or truncated" in report["failed"][0]["error"]
     assert result.stderr.count("error:") == 1
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_failure_holds_on_to_nothing(bundle, scene, tmp_path):
+    """An error's traceback would keep the tokens of the image that failed in memory."""
+    from infexport.bundle import open_bundle
+    from infexport.execution import Policy
+    from infexport.run import Listener, Request, Run
+
+    content = scene.read_bytes()
+    (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
+    request = Request(Policy("stream", 10**10, None, 1024, half=False), "native")
+    _, (failure,) = Run(open_bundle(bundle), request, Listener())([tmp_path / "cut.tif"])
+    assert "damaged or truncated" in failure.error.summary
+    assert failure.error.__traceback__ is failure.error.__cause__ is failure.error.__context__ is None
 
 
 def command(bundle, image, output, *options):

@@ -121,3 +121,73 @@ def test_clean_deletes_what_was_left(image_file, tmp_path):
     assert clean(tmp_path) >= 5000
     assert not scratch.folder.exists()
     assert (tmp_path / "somebody else's").exists()
+
+
+def interrupted(root, identity):
+    """A folder as a run leaves it that was killed."""
+    scratch = Scratch(root, identity, print)
+    scratch.__enter__()
+    (scratch.folder / "tokens").write_bytes(b"x" * 5000)
+    scratch.record(Position(3, 5))
+    scratch.__exit__(Killed, Killed(), None)
+    return scratch.folder
+
+
+def test_killed_while_it_is_deleted_it_starts_anew(image_file, tmp_path, monkeypatch):
+    """Nothing is gone on with whose tokens may be gone."""
+    from pathlib import Path
+
+    identity, unlink = Identity(image_file, {}), Path.unlink
+    folder = interrupted(tmp_path, identity)
+    deleted = []
+
+    def dies(path, missing_ok=False):
+        unlink(path, missing_ok)
+        deleted.append(path.name)
+        if path.name == "tokens":
+            raise Killed
+
+    monkeypatch.setattr(Path, "unlink", dies)
+    with pytest.raises(Killed):
+        clean(tmp_path)
+    monkeypatch.undo()
+    assert deleted[:2] == ["state.npz", "run.json"]
+    assert (folder / "lock").exists()  # which --clean needs to find it again
+    with Scratch(tmp_path, identity, print) as scratch:
+        assert scratch.position is None
+
+
+def test_a_record_that_is_none_starts_anew(image_file, tmp_path):
+    folder = interrupted(tmp_path, Identity(image_file, {}))
+    (folder / "state.npz").write_bytes(b"half a record")
+    with Scratch(tmp_path, Identity(image_file, {}), print) as scratch:
+        assert scratch.position is None
+
+
+def test_a_disk_that_fills_up_later_is_our_error(image_file, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    scratch = Scratch(tmp_path, Identity(image_file, {}), print)
+    with pytest.raises(InfexportError, match="cannot use the scratch file"), scratch:
+        scratch.record(Position(1, 2))
+    assert not list(tmp_path.glob("infexport-*"))
+
+
+def test_rounding_is_that_of_the_whole_run(golden_bundle, image_file, tmp_path):
+    bundle, image = open_bundle(golden_bundle("torchvision_linear")), synthetic_image(100, 130)
+
+    def run(counting):
+        with Scratch(tmp_path / "scratch", Identity(image_file, {}), print) as scratch:
+            source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
+            return stream(bundle, counting, source, scratch, chunk=3, half=True)
+
+    with OrtStages(bundle, "cpu") as runner:
+        whole = Counting(runner)
+        expected = run(whole)
+        with pytest.raises(Killed):
+            run(Counting(runner, whole.calls))  # in the last stage, which writes nothing
+        found = run(Counting(runner))
+    assert np.array_equal(found.logits, expected.logits)
+    assert found.rounding == pytest.approx(expected.rounding, rel=0.1)

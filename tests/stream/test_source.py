@@ -127,7 +127,10 @@ def test_every_format_is_what_pillow_reads(name, tmp_path):
 
 
 def test_where_libvips_is_missing_pillow_reads_it_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("infexport.stream.source.installed", lambda module: False)
+    def no_library(name):
+        raise OSError(f"cannot load library of {name}")
+
+    monkeypatch.setattr("importlib.import_module", no_library)
     WRITERS["tiles.tif"](tmp_path / "tiles.tif")
     rows = open_rows(tmp_path / "tiles.tif")
     assert isinstance(rows, ArrayRows)

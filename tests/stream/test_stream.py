@@ -107,6 +107,15 @@ def test_several_terms_of_the_neumann_series(converted):
         assert relative_error(streamed(bundle, image, chunk).logits, truth[0]) <= 5e-6, chunk
 
 
+def test_terms_of_a_layer_share_a_graph(converted):
+    stages = converted("torchvision_pure", "--neumann-terms", "5").manifest.stages
+    again = [stage.graph for stage in stages if stage.graph.endswith("again.onnx")]
+    layers = converted("torchvision_pure").manifest.config["depth"]
+    assert len(again) == 4 * layers
+    assert len(set(again)) == layers
+    assert len({stage.graph for stage in stages if stage.graph.endswith("attend.onnx")}) == 1
+
+
 @pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
 @pytest.mark.parametrize(("precision", "limit"), [("fp16", 2e-3), ("int8", 3e-2)])
 def test_lower_precision(name, precision, limit, converted):
@@ -222,6 +231,15 @@ def test_chunking_changes_nothing(shape, height, width, chunk, seed):
     with torch.no_grad():
         expected = folded(torch.from_numpy(padded).float())
     assert relative_error(found, expected) <= 2e-5
+
+
+def test_spare_rows_are_never_more_than_rows():
+    from infexport.stream.driver import layout_of
+
+    stages = TorchStages(fold(InfViT(CONFIG))).stages
+    assert layout_of(stages, 100, 100_000, resumable=True).spare == {"tokens": 100}
+    assert layout_of(stages, 100_000, 100, resumable=True).spare == {"tokens": 1600}
+    assert layout_of(stages, 100_000, 100, resumable=False).spare == {"tokens": 0}
 
 
 def test_a_network_that_is_not_folded_has_no_sweeps():
