@@ -112,7 +112,7 @@ class Run:
             self._failures |= {index: Failure(_name(files[index]), reason) for index in indices}
 
     @cached_property
-    def _runner(self) -> Runner:
+    def _runner(self) -> OrtRunner:
         """Of the whole graph, which is loaded when the first image needs it."""
         runner = self._sessions.enter_context(OrtRunner(self.bundle, self.request.provider, self.request.threads))
         self.listener.running(runner.provider)

@@ -87,10 +87,11 @@ def test_doctor_says_what_is_missing(infexport, monkeypatch):
     from infexport import doctor
 
     monkeypatch.setattr(doctor, "installed", lambda module: False)
+    monkeypatch.setattr(doctor, "importable", lambda module: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
     shown = infexport("doctor").stdout
-    assert shown.count("\nno ") == 4
-    for extra in ("export", "cpu", "gpu", "tensorrt-rtx"):
+    assert shown.count("\nno ") == 6
+    for extra in ("export", "cpu", "gpu", "stream", "slides", "tensorrt-rtx"):
         assert f"pip install 'infexport[{extra}]'" in shown
 
 
