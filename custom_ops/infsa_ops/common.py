@@ -50,3 +50,22 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             tensor.dtype == q.dtype,
             lambda name=name, tensor=tensor: f"{name} is {tensor.dtype}, expected q's dtype, {q.dtype}",
         )
+
+
+def check_qk(q: Tensor, k: Tensor) -> None:
+    """Refuse queries and keys, as many as there may be of each, that don't fit together.
+
+    Raises:
+        RuntimeError: not `[B, H, N, d]` and `[B, H, M, d]`, or of several dtypes.
+    """
+    for name, tensor in (("q", q), ("k", k)):
+        torch._check(tensor.dim() == 4, lambda name=name, tensor=tensor: (
+            f"{name} has {tensor.dim()} dimensions, expected [B, H, tokens, d]"
+        ))  # fmt: skip
+    torch._check(
+        q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype,
+        lambda: (
+            f"k is {k.dtype} {list(k.shape)}, expected {q.dtype} "
+            f"[{q.shape[0]}, {q.shape[1]}, M, {q.shape[3]}] to match q"
+        ),
+    )

@@ -5,21 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infsa_ops.common import TILE
+from infsa_ops.common import TILE, check_qk
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        torch._check(tensor.dim() == 4, lambda name=name, tensor=tensor: (
-            f"{name} has {tensor.dim()} dimensions, expected [B, H, tokens, d]"
-        ))  # fmt: skip
-    torch._check(
-        q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype,
-        lambda: (
-            f"k is {k.dtype} {list(k.shape)}, expected {q.dtype} "
-            f"[{q.shape[0]}, {q.shape[1]}, M, {q.shape[3]}] to match q"
-        ),
-    )
+    check_qk(q, k)
+    torch._check(v.dim() == 4, lambda: f"v has {v.dim()} dimensions, expected [B, H, M, d_v]")
     torch._check(
         v.shape[:3] == k.shape[:3],
         lambda: f"v has shape {list(v.shape)}, expected [{', '.join(map(str, k.shape[:3]))}, d_v] to match k",

@@ -5,21 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infsa_ops.common import TILE
-
-
-def _check(q: Tensor, k: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k)):
-        torch._check(tensor.dim() == 4, lambda name=name, tensor=tensor: (
-            f"{name} has {tensor.dim()} dimensions, expected [B, H, N, d]"
-        ))  # fmt: skip
-    torch._check(
-        q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype,
-        lambda: (
-            f"k is {k.dtype} {list(k.shape)}, expected {q.dtype} "
-            f"[{q.shape[0]}, {q.shape[1]}, M, {q.shape[3]}] to match q"
-        ),
-    )
+from infsa_ops.common import TILE, check_qk
 
 
 @torch.library.custom_op("infsa::affinity_squared_norm", mutates_args=())
@@ -39,7 +25,7 @@ def affinity_squared_norm(q: Tensor, k: Tensor) -> Tensor:
     Raises:
         RuntimeError: shapes or dtypes that don't fit together.
     """
-    _check(q, k)
+    check_qk(q, k)
     dtype = torch.promote_types(q.dtype, torch.float32)  # in half precision squares above 255² overflow
     queries, keys = q.to(dtype), (k.to(dtype) / q.shape[-1]).transpose(-1, -2)
     total = q.new_zeros(q.shape[:2], dtype=torch.float64)
@@ -52,5 +38,5 @@ def affinity_squared_norm(q: Tensor, k: Tensor) -> Tensor:
 
 @affinity_squared_norm.register_fake
 def _(q: Tensor, k: Tensor) -> Tensor:
-    _check(q, k)
+    check_qk(q, k)
     return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
