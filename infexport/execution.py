@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from infexport import memory
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 
 Execution = Literal["auto", "whole", "stream"]
-EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 Way = Literal["whole", "memory", "disk"]
 
 WHOLE_TOKENS = 4096

@@ -120,6 +120,9 @@ def read_manifest(file: Path) -> Manifest:
     needed = {f.name for f in dataclasses.fields(Manifest) if f.default is dataclasses.MISSING}
     wrong = sorted((needed - values.keys()) | (values.keys() - known))
     wrong = wrong or [name for name, good in _CHECKS.items() if name in values and not good(values[name])]
+    # what is not among the files is never hashed, and must not be run
+    if not wrong and any(stage["graph"] not in values["files"] for stage in values.get("stages") or ()):
+        wrong = ["stages"]
     if wrong:
         raise InfexportError(
             f"the manifest is not as infexport wrote it: {file}",
@@ -155,7 +158,9 @@ def _stage(value: Any) -> bool:
         return isinstance(value[field], list) and all(isinstance(name, str) for name in value[field])
 
     known = {field.name for field in dataclasses.fields(Stage)}
-    return isinstance(value, dict) and value.keys() == known and names("inputs") and names("outputs")
+    if not isinstance(value, dict) or value.keys() != known:
+        return False
+    return isinstance(value["graph"], str) and isinstance(value["over"], str) and names("inputs") and names("outputs")
 
 
 _INTEGERS = ("image_size", "patch_size", "depth", "embed_dim", "num_heads", "mlp_dim", "num_classes", "neumann_terms")

@@ -42,6 +42,8 @@ NONSENSE = [
     {"config": {}}, {"config__patch_size": "8"}, {"config__patch_size": 0}, {"files": []}, {"files": {}},
     {"checkpoint": {}}, {"preprocessing": {}}, {"preprocessing__mean": "abc"}, {"preprocessing__std": [0, 0, 0]},
     {"versions": 3}, {"format": "1"}, {"unheard_of": 1}, {"neumann": {}}, {"input": "float8"},
+    {"stages": 3}, {"stages": [{}]}, {"stages": [{"graph": [], "over": "tokens", "inputs": [], "outputs": []}]},
+    {"stages": [{"graph": "../other.onnx", "over": "tokens", "inputs": [], "outputs": []}]},
 ]  # fmt: skip
 
 
