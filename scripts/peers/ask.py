@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from infexport.benchmark import ending, in_a_line
+from infexport.benchmark import in_a_line
 from infexport.errors import InfexportError
 from infexport.measurements import Spread
+from infexport.processes import ending
 from peers.contenders import Contender
 
 SCRIPT = Path(__file__).parent.parent / "bench_peers.py"
 """What a contender's process runs."""
-TOLERANCE = {"fp32": 1e-3, "int8": 5e-2}
+TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2}
 """Relative error of the logits against the first of the family that answers."""
 INACCURATE = {"pure-ort": 2e-2}
 """Whose float32 is worse than that, and nothing else is wrong: ONNX Runtime's ReduceL2 of 4097² numbers is 5e-3 off."""
@@ -47,9 +48,11 @@ class Entry:
 class Worker:
     """A contender in a process of its own."""
 
-    def __init__(self, contender: Contender, folder: Path, threads: int | None, images: Path) -> None:
+    def __init__(
+        self, contender: Contender, folder: Path, threads: int | None, images: Path, device: str = "cpu"
+    ) -> None:
         self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        arguments = ["--serve", contender.name, str(folder), str(threads or 0), str(images)]
+        arguments = ["--serve", contender.name, str(folder), str(threads or 0), str(images), device]
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.messages, text=True,
@@ -85,14 +88,18 @@ class Worker:
         self.messages.close()
 
 
-def prepare_all(contenders: Sequence[Contender], folder: Path) -> dict[str, str]:
-    """Have what they run made, each in a process of its own; returns why not, by name, of those that failed."""
+def prepare_all(contenders: Sequence[Contender], folder: Path, settings: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """Have what they run made, each in a process of its own; returns why not, by name, of those that failed.
+
+    An engine takes images and batches from the smallest to the largest of the settings, and is best at the first.
+    """
+    profile = [f"{min(values)},{values[0]},{max(values)}" for values in zip(*settings, strict=True)]
     left_out: dict[str, str] = {}
     for contender in contenders:
-        if contender.how not in ("bundle", "ort"):
+        if contender.how not in ("bundle", "engine", "ort"):
             continue
         say(f"preparing {contender.name}")
-        command = [sys.executable, SCRIPT, "--prepare", contender.name, folder]
+        command = [sys.executable, SCRIPT, "--prepare", contender.name, folder, *profile]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             left_out[contender.name] = f"could not be made: {in_a_line(ending(done.returncode, done.stderr))}"
@@ -101,7 +108,9 @@ def prepare_all(contenders: Sequence[Contender], folder: Path) -> dict[str, str]
 
 
 @contextmanager
-def started(entries: Sequence[Entry], folder: Path, threads: int | None, images: Path) -> Iterator[dict[str, Worker]]:
+def started(
+    entries: Sequence[Entry], folder: Path, threads: int | None, images: Path, device: str = "cpu"
+) -> Iterator[dict[str, Worker]]:
     """A process for every contender that still can, each ready: one after the other, so that none waits for cores."""
     workers: dict[str, Worker] = {}
     with ExitStack() as stack:
@@ -109,7 +118,7 @@ def started(entries: Sequence[Entry], folder: Path, threads: int | None, images:
             if entry.reason:
                 continue
             say(f"  starting {entry.contender.name}")
-            worker = Worker(entry.contender, folder, threads, images)
+            worker = Worker(entry.contender, folder, threads, images, device)
             stack.callback(worker.close)
             try:
                 worker.answer()
@@ -129,9 +138,9 @@ def fail(entry: Entry, reason: str) -> None:
     say(f"  {entry.contender.name}: {reason}")
 
 
-def compare_logits(entries: Sequence[Entry], folder: Path) -> None:
-    """Fail who doesn't say what the first of its family says."""
-    truth: dict[str, Any] = {}
+def compare_logits(entries: Sequence[Entry], folder: Path, truth: dict[str, Any] | None = None) -> None:
+    """Fail who doesn't say what the first of its family says, which is kept in `truth`."""
+    truth = {} if truth is None else truth
     for entry in entries:
         contender = entry.contender
         if entry.reason or contender.family == "gemm":
@@ -145,23 +154,33 @@ def compare_logits(entries: Sequence[Entry], folder: Path) -> None:
 
 def measure(side: int, batch: int, left_out: dict[str, str], contenders: Sequence[Contender], folder: Path,
             options: argparse.Namespace) -> list[Entry]:  # fmt: skip
-    """One setting: every contender `options.rounds` times, in turn."""
+    """One setting: every contender `options.rounds` times, in turn; on a GPU one after the other, since what they keep
+    of its memory would leave the others none.
+    """
     entries = [Entry(contender, reason=left_out.get(contender.name, "")) for contender in contenders]
     images = folder / "images.npy"
     np.save(images, np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
-    with started(entries, folder, options.threads, images) as workers:
-        compare_logits(entries, folder)
-        for i in range(-options.warmup, options.rounds):
-            say(f"  round {i + 1} of {options.rounds}" if i >= 0 else "  warm-up")
-            for entry in entries:
-                if entry.reason:
-                    continue
-                try:
-                    found = workers[entry.contender.name].run()
-                except InfexportError as error:
-                    fail(entry, in_a_line(error))
-                    continue
-                entry.peak_memory = found["peak_memory"]
-                if i >= 0:
-                    entry.seconds.append(found["seconds"])
+    truth: dict[str, Any] = {}
+    for group in [entries] if options.device == "cpu" else [[entry] for entry in entries]:
+        with started(group, folder, options.threads, images, options.device) as workers:
+            compare_logits(group, folder, truth)
+            for i in range(-options.warmup, options.rounds):
+                if options.device == "cpu":
+                    say(f"  round {i + 1} of {options.rounds}" if i >= 0 else "  warm-up")
+                run_round(group, workers, counts=i >= 0)
     return entries
+
+
+def run_round(entries: Sequence[Entry], workers: dict[str, Worker], counts: bool) -> None:
+    """Every contender that still can, once."""
+    for entry in entries:
+        if entry.reason:
+            continue
+        try:
+            found = workers[entry.contender.name].run()
+        except InfexportError as error:
+            fail(entry, in_a_line(error))
+            continue
+        entry.peak_memory = found["peak_memory"]
+        if counts:
+            entry.seconds.append(found["seconds"])
