@@ -1,8 +1,8 @@
 """Tiles of queries in ONNX: N×N never exists, whatever N is, in one graph. Shared by the bodies of Pure InfSA.
 
 A step takes the queries of one tile and all keys, of one head or of all heads of an image. In float32 it takes one head
-where all would not stay in a CPU's cache: that made a layer of 4097 tokens faster by a sixth. In float16, which is for
-GPUs, it takes all; its operands are scaled to at most 1, so that nothing overflows, and every sum is float32.
+where all would not stay in a CPU's cache: that made a layer of 4097 tokens faster by a sixth. In half types, which are
+for GPUs, it takes all; its operands are scaled to at most 1, so that nothing overflows, and every sum is float32.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def largest(op: Any, x: ir.Value) -> ir.Value:
 def scaled(op: Any, q: ir.Value, k: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Queries, and keys transposed `[B, H, d, M]`, whose product are affinities in `unit`, float32 `[B, H, 1, 1]`.
 
-    In float32 the unit is 1. In float16 it makes every affinity at most 1.
+    In float32 the unit is 1. In half types it makes every affinity at most 1.
     """
     width = op.Cast(op.Shape(q, start=3), to=ir.DataType.FLOAT)
     keys = op.Transpose(k, perm=[0, 1, 3, 2])
@@ -81,7 +81,7 @@ def scaled(op: Any, q: ir.Value, k: ir.Value, dtype: ir.DataType) -> tuple[ir.Va
 def as_values(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
     """What affinities of `dtype` are applied to, x `[B, H, M, d_v]` in `unit`, float32 `[B, H, 1, 1]`.
 
-    In float32 the unit is 1. In float16 it makes every value at most 1.
+    In float32 the unit is 1. In half types it makes every value at most 1.
     """
     if dtype == ir.DataType.FLOAT:
         return op.Cast(x, to=dtype), op.Expand(1.0, [1, 1, 1, 1])
@@ -90,7 +90,7 @@ def as_values(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Va
 
 
 def product(op: Any, affinity: ir.Value, values: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Affinities `[…, rows, M]` times `as_values`, float32 `[…, rows, d_v]`; in float16, too, finite for any M.
+    """Affinities `[…, rows, M]` times `as_values`, float32 `[…, rows, d_v]`; in half types, too, finite for any M.
 
     There every row is brought to the sum 256 first: its product is 256 times a convex combination of the values, and
     an even weight over 332k tokens, 8e-4, is still a normal number.

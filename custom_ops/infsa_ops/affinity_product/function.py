@@ -31,8 +31,8 @@ SCHEMA = onnx.defs.OpSchema(
         onnx.defs.OpSchema.FormalParameter("squared_norm", "tensor(float)", "[B, H]"),
     ],
     type_constraints=[
-        ("T", ["tensor(float)", "tensor(float16)"], "dtype of queries and keys"),
-        ("V", ["tensor(float)", "tensor(float16)"], "dtype of the values"),
+        ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of queries and keys"),
+        ("V", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the values"),
     ],
 )
 

@@ -1,11 +1,13 @@
-"""`infsa::affinity_product`, registered with torch: kernel and shapes."""
+"""`infsa::affinity_product`, registered with torch: kernels and shapes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from infsa_ops.common import TILE, check_qk
+from infsa_ops.affinity_launch import sweeps_for
+from infsa_ops.common import check_qk
+from infsa_ops.sweeps import TILED, Sweeps
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -17,9 +19,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     )
 
 
+def _sweep(sweeps: Sweeps, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    product, squares = sweeps.product_and_squares(q, k, v)
+    return product, squares.to(product.dtype)
+
+
 @torch.library.custom_op("infsa::affinity_product", mutates_args=())
 def affinity_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """relu(q̂k̂ᵀ)v and ‖relu(q̂k̂ᵀ)‖²_F, a tile of queries at a time (ONNX `infsa::AffinityProduct`).
+    """relu(q̂k̂ᵀ)v and ‖relu(q̂k̂ᵀ)‖²_F, a tile at a time (ONNX `infsa::AffinityProduct`).
 
     A block of Pure InfSA before it is normalised. Products add over disjoint sets of keys, squares over disjoint sets
     of queries or keys, so a sweep over chunks of both gives what `neumann_kernel` gives at once. q̂ and k̂ are scaled
@@ -37,16 +44,13 @@ def affinity_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         RuntimeError: shapes or dtypes that don't fit together.
     """
     _check(q, k, v)
-    dtype = torch.promote_types(q.dtype, torch.float32)  # in half precision squares above 255² overflow
-    queries, keys, values = q.to(dtype), (k.to(dtype) / q.shape[-1]).transpose(-1, -2), v.to(dtype)
-    total = q.new_zeros(q.shape[:2], dtype=torch.float64)
-    product = values.new_empty(*q.shape[:3], v.shape[-1])
-    for start in range(0, q.shape[2], TILE):
-        affinity = torch.relu(queries[:, :, start : start + TILE] @ keys)
-        # row by row, then over rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097
-        total += affinity.square().sum(-1).sum(-1, dtype=torch.float64)
-        product[:, :, start : start + TILE] = affinity @ values
-    return product, total.to(dtype)
+    return _sweep(TILED, q, k, v)
+
+
+@affinity_product.register_kernel("cuda")
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    return _sweep(sweeps_for(q, k, v), q, k, v)
 
 
 @affinity_product.register_fake

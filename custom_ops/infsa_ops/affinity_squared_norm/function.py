@@ -26,7 +26,7 @@ SCHEMA = onnx.defs.OpSchema(
         onnx.defs.OpSchema.FormalParameter("k", "T", "[B, H, M, d]"),
     ],
     outputs=[onnx.defs.OpSchema.FormalParameter("squared_norm", "tensor(float)", "[B, H]")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "dtype of the tokens")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the tokens")],
 )
 
 

@@ -1,16 +1,22 @@
-"""`infsa::affinity_squared_norm`, registered with torch: kernel and shapes."""
+"""`infsa::affinity_squared_norm`, registered with torch: kernels and shapes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from infsa_ops.common import TILE, check_qk
+from infsa_ops.affinity_launch import sweeps_for
+from infsa_ops.common import check_qk
+from infsa_ops.sweeps import TILED, Sweeps
+
+
+def _sweep(sweeps: Sweeps, q: Tensor, k: Tensor) -> Tensor:
+    return sweeps.squares(q, k).to(torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("infsa::affinity_squared_norm", mutates_args=())
 def affinity_squared_norm(q: Tensor, k: Tensor) -> Tensor:
-    """‖relu(q̂k̂ᵀ)‖²_F, a tile of queries at a time (ONNX `infsa::AffinitySquaredNorm`).
+    """‖relu(q̂k̂ᵀ)‖²_F, a tile at a time (ONNX `infsa::AffinitySquaredNorm`).
 
     What `neumann_kernel` divides by, for whoever needs no more of it: a class-token head's last layer, or a sweep
     over chunks. Squares add over disjoint sets of queries or keys. q̂ and k̂ are scaled by 1/√d. No gradient.
@@ -26,14 +32,13 @@ def affinity_squared_norm(q: Tensor, k: Tensor) -> Tensor:
         RuntimeError: shapes or dtypes that don't fit together.
     """
     check_qk(q, k)
-    dtype = torch.promote_types(q.dtype, torch.float32)  # in half precision squares above 255² overflow
-    queries, keys = q.to(dtype), (k.to(dtype) / q.shape[-1]).transpose(-1, -2)
-    total = q.new_zeros(q.shape[:2], dtype=torch.float64)
-    for start in range(0, q.shape[2], TILE):
-        affinity = torch.relu(queries[:, :, start : start + TILE] @ keys)
-        # row by row, then over rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097
-        total += affinity.square().sum(-1).sum(-1, dtype=torch.float64)
-    return total.to(dtype)
+    return _sweep(TILED, q, k)
+
+
+@affinity_squared_norm.register_kernel("cuda")
+def _on_gpu(q: Tensor, k: Tensor) -> Tensor:
+    check_qk(q, k)
+    return _sweep(sweeps_for(q, k), q, k)
 
 
 @affinity_squared_norm.register_fake

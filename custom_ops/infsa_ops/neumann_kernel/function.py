@@ -30,7 +30,7 @@ SCHEMA = onnx.defs.OpSchema(
     ],
     outputs=[onnx.defs.OpSchema.FormalParameter("out", "T", "[B, H, N, d_v]")],
     attributes=[onnx.defs.OpSchema.Attribute("terms", onnx.defs.OpSchema.AttrType.INT, "T, at least 1")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "dtype of the tokens")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the tokens")],
 )
 
 

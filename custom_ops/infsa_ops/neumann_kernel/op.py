@@ -1,4 +1,4 @@
-"""`infsa::neumann_kernel`, registered with torch: kernel, shapes, gradient."""
+"""`infsa::neumann_kernel`, registered with torch: kernels, shapes, gradient."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infsa_ops.common import EPSILON, TILE, check_qkv, per_head
+from infsa_ops.affinity_launch import sweeps_for
+from infsa_ops.common import EPSILON, check_qkv, per_head
 from infsa_ops.neumann_kernel import reference
+from infsa_ops.sweeps import TILED, Sweeps
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:
@@ -17,32 +19,27 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:
     per_head(rho, q)
 
 
+def _series(sweeps: Sweeps, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
+    product, squares = sweeps.product_and_squares(q, k, v)
+    scale = per_head(rho, product) / (squares.sqrt().to(product.dtype)[..., None, None] + EPSILON)
+    term = product.mul_(scale)
+    total = term
+    for _ in range(terms - 1):
+        term = sweeps.product(q, k, term).mul_(scale)
+        total = total + term
+    return torch.empty_like(v).copy_(total)
+
+
 @torch.library.custom_op("infsa::neumann_kernel", mutates_args=())
 def _neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
     _check(q, k, v, rho, terms)
-    dtype = v.dtype
-    # in half precision the squares of affinities above 255 overflow
-    q, k, v, rho = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v, rho))
-    keys = (k / q.shape[-1]).transpose(-1, -2)
-    energy = q.new_zeros(q.shape[:2], dtype=torch.float64)
-    term = torch.empty_like(v)
-    starts = range(0, q.shape[2], TILE)
-    for start in starts:
-        affinity = torch.relu(q[:, :, start : start + TILE] @ keys)
-        # row by row, then over rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097
-        energy += affinity.square().sum(-1).sum(-1, dtype=torch.float64)
-        term[:, :, start : start + TILE] = affinity @ v
-    scale = per_head(rho, q) / (energy.sqrt().to(q.dtype)[..., None, None] + EPSILON)
-    term *= scale
-    total = term
-    for _ in range(terms - 1):
-        following = torch.empty_like(term)
-        for start in starts:
-            affinity = torch.relu(q[:, :, start : start + TILE] @ keys)
-            following[:, :, start : start + TILE] = affinity @ term
-        term = following * scale
-        total = total + term
-    return total.to(dtype)
+    return _series(TILED, q, k, v, rho, terms)
+
+
+@_neumann_kernel.register_kernel("cuda")
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
+    _check(q, k, v, rho, terms)
+    return _series(sweeps_for(q, k, v), q, k, v, rho, terms)
 
 
 @_neumann_kernel.register_fake
@@ -72,7 +69,7 @@ _neumann_kernel.register_autograd(_backward, setup_context=_setup_context)
 def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int = 1) -> Tensor:
     """Σ_{t=1..T} (ρÂ)ᵗ V with Â = relu(q̂k̂ᵀ) / (‖relu(q̂k̂ᵀ)‖_F + ε) (ONNX `infsa::NeumannKernel`).
 
-    The Neumann series of Pure InfSA (arXiv 2603.00175), a tile of queries at a time: memory is linear in N, time
+    The Neumann series of Pure InfSA (arXiv 2603.00175), a tile at a time: memory is linear in N, time
     is T·N². q̂ and k̂ are scaled by 1/√d.
 
     Args:
