@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,17 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch.export import Dim
 
 from infexport.bundle import Bundle, create_bundle, open_bundle, seal, sha256
+from infexport.calibration import batches, calibrate
 from infexport.errors import InfexportError
 from infexport.graph import MAX_GRID, export_model
 from infexport.image_model import ImageModel
-from infexport.images import read_image
-from infexport.manifest import LABELS, MODEL, Manifest
-from infexport.precision import to_fp16, to_int8
-from infexport.stages import export_stages
-from infexport.transform import fit, normalise, transform_of
+from infexport.manifest import LABELS, MODEL, Manifest, Stage
+from infexport.passes import Inputs, lower
+from infexport.stages import export_stages, save_stages
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
@@ -109,10 +110,14 @@ def convert(
         if checkpoint.labels is not None:
             text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
             (folder / LABELS).write_text(text + "\n", encoding="utf-8")
-        model = _image_model(network, preprocessing, options, progress)
+        exported = fold(network) if options.fold else network
+        model = ImageModel(exported, preprocessing["mean"], preprocessing["std"], options.input, options.fold).eval()
         status("exporting to ONNX")
-        _export(model, folder / MODEL)
-        stages = export_stages(model, folder / MODEL) if options.fold else None
+        images = batches(options.calibrate, network.config.patch_size, preprocessing, options.input, progress)
+        met = _write_whole(model, folder / MODEL, options.precision, images if options.calibrate else None)
+        stages = None
+        if options.fold:
+            stages = save_stages(_lowered(export_stages(model), options.precision, met), folder / MODEL)
         status("hashing")
         manifest = Manifest(
             config=network.config.to_dict(),
@@ -137,30 +142,28 @@ def convert(
     return open_bundle(output)
 
 
-def _image_model(
-    network: InfViT, preprocessing: dict[str, Any], options: ConvertOptions, progress: Callable[[int], None]
-) -> ImageModel:
-    """The network as it is exported: folded, with its normalisation, in the precision asked for."""
-    exported = fold(network) if options.fold else network
-    model = ImageModel(exported, preprocessing["mean"], preprocessing["std"], options.input, options.fold).eval()
-    if options.precision == "fp16":
-        return to_fp16(model)
-    if options.precision == "int8":
-        patch = network.config.patch_size
-        images = _calibration(options.calibrate, patch, preprocessing, options.input, progress)
-        return to_int8(model, images if options.calibrate else None)
-    return model
+def _write_whole(
+    model: ImageModel, file: Path, precision: str, images: Iterator[NDArray[Any]] | None
+) -> dict[str, Inputs] | None:
+    """Export, lower and save the whole graph; what its products met, where images tell."""
+    graph, met = _export(model), None
+    if images is not None:
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            _save(graph, Path(scratch) / file.name)
+            met = calibrate(Path(scratch) / file.name, images)
+    lower(graph, precision, met)
+    _save(graph, file)
+    onnx.checker.check_model(file, full_check=True)
+    return met
 
 
-def _calibration(
-    files: tuple[Path, ...], patch: int, preprocessing: dict[str, Any], takes: str, progress: Callable[[int], None]
-) -> Iterator[torch.Tensor]:
-    """Images by the evaluation transform, as the model takes them, one at a time."""
-    transform = transform_of(preprocessing)
-    for file in files:
-        image = fit(read_image(file), patch, "trained", transform, "pad").pixels[None]
-        yield torch.from_numpy(image if takes == "uint8" else normalise(image, preprocessing))
-        progress(1)
+def _lowered(
+    stages: Iterator[tuple[Stage, ir.Model | None]], precision: str, met: dict[str, Inputs] | None
+) -> Iterator[tuple[Stage, ir.Model | None]]:
+    for stage, graph in stages:
+        if graph is not None:
+            lower(graph, precision, met)
+        yield stage, graph
 
 
 def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | None:
@@ -234,7 +237,7 @@ def _read_labels(file: Path) -> list[str]:
         ) from error
 
 
-def _export(model: ImageModel, file: Path) -> None:
+def _export(model: ImageModel) -> ir.Model:
     patch = model.network.config.patch_size
     grid_height, grid_width = (Dim(name, min=1, max=MAX_GRID) for name in ("grid_height", "grid_width"))
     height, width = patch * grid_height, patch * grid_width
@@ -245,9 +248,11 @@ def _export(model: ImageModel, file: Path) -> None:
     else:
         example = torch.zeros(2, 3, 3 * patch, 5 * patch)
         shapes = {0: Dim("batch"), 2: height, 3: width}
-    graph = export_model(model, (example,), (shapes,), [model.input_name], ["logits", "features"])
+    return export_model(model, (example,), (shapes,), [model.input_name], ["logits", "features"])
+
+
+def _save(graph: ir.Model, file: Path) -> None:
     ir.save(graph, file, external_data=file.name + ".data")
-    onnx.checker.check_model(file, full_check=True)
 
 
 def _versions() -> dict[str, str]:

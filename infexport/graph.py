@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -99,13 +99,12 @@ def program_of(
 
     Without `optimize`, initializers are the module's own parameters and buffers, by their names.
     """
+    import onnx_ir as ir
     import torch
-
-    from infexport import int8_linear
 
     operators = _operators()
     _register_schemas(operators)
-    table: Mapping[Any, Any] = {part.TORCH_OP: part.translate for part in (*operators, int8_linear)}
+    table: dict[Any, Any] = {operator.TORCH_OP: operator.translate for operator in operators}
     with _evaluating(module), warnings.catch_warnings(), _quiet(logging.getLogger("torch.onnx")):
         warnings.simplefilter("ignore")  # the exporter warns about its own deprecations and about no torchvision
         program = torch.onnx.export(
@@ -114,13 +113,15 @@ def program_of(
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=dynamic_shapes,
-            custom_translation_table=dict(table),
+            custom_translation_table=table,
             input_names=input_names,
             output_names=output_names,
             verbose=False,
             optimize=optimize,
         )
     assert program is not None
+    for node in ir.traversal.RecursiveGraphIterator(program.model.graph):
+        node.metadata_props.clear()  # the exporter's traces, with paths of this machine
     return program
 
 

@@ -17,9 +17,9 @@ Array = NDArray[np.floating[Any]]
 class Tolerance:
     """What relative Frobenius error a precision is allowed: factor·ε·√depth.
 
-    Errors of layers add like random steps. In float32 every layer rounds some dozens of times at ε each. With fp16
-    and int8 only the factors of its large products are rounded: twice each in float16, and in 8 bits, where ε is a
-    step of 1/256 of a range of some 5 standard deviations to both sides, by 3 ε a factor.
+    Errors of layers add like random steps. In float32 every layer rounds some dozens of times at ε each. In the others
+    only the factors of its large products are rounded: twice each in 16 bits, and in 8 bits, where ε is a step of 1/256
+    of a range of some 5 standard deviations to both sides, by 3 ε a factor.
     """
 
     precision: str
@@ -36,11 +36,17 @@ class Tolerance:
         return f"relative error <= {self.relative:.1e} ({self.precision}: {rule})"
 
 
-_RULES = {"fp32": (32, 2.0**-23), "fp16": (2, 2.0**-10), "int8": (6, 2.0**-8)}
+_RULES = {
+    "fp32": (32, 2.0**-23),
+    "fp16": (2, 2.0**-10),
+    "tf32": (2, 2.0**-10),
+    "bf16": (2, 2.0**-7),
+    "int8": (6, 2.0**-8),
+}
 
 
 def tolerance_for(precision: str, depth: int) -> Tolerance:
-    """The tolerance for logits of a bundle of `precision` (`fp32`, `fp16`, `int8`) and `depth` layers."""
+    """The tolerance for logits of `precision` (`fp32`, `tf32`, `fp16`, `bf16`, `int8`) and `depth` layers."""
     factor, epsilon = _RULES[precision]
     return Tolerance(precision, factor, epsilon, depth)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,16 @@ class SideBySide(nn.Module):
         return tuple(outputs)
 
 
-def export_stages(model: ImageModel, whole: Path) -> list[Stage]:
-    """Write a graph for every sweep beside the whole graph.
+def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
+    """The graphs of all sweeps, one at a time.
 
     Layers have equal graphs with other weights, so each kind is exported once.
 
     Args:
-        model: folded, what `whole` was exported from.
-        whole: the file, its weights in one file of external data.
+        model: folded.
 
-    Returns:
-        The stages, in the order in which they are run.
+    Yields:
+        Stages, in the order in which they are run, and the graph of each; None where an earlier stage has the same.
     """
     cut = sweeps(model.network, model.normalise)
     kinds = [_kind(sweep) for sweep in cut]
@@ -59,19 +58,37 @@ def export_stages(model: ImageModel, whole: Path) -> list[Stage]:
     parts = [cut[index] for index in sorted(first.values())]
     # copies: what two of them share would have the name it has in the first
     program = _export([copy.deepcopy(part) for part in parts], model)
-    together, shared = program.model, _external(whole)
-    stages: list[Stage] = []
+    together = program.model
     for index, (sweep, kind) in enumerate(zip(cut, kinds, strict=True)):
         tensors = _tensors(sweep)
         # what is the same again has one graph; without weights, all layers have
         namesake = cut.index(sweep) if tensors else first[kind]
-        graph = f"stream-{namesake:02}-{type(sweep).__name__.lower()}.onnx"
-        if namesake == index:
-            program.model = _part(together, parts.index(cut[first[kind]]), sweep, tensors)
-            program.optimize()
-            _save(attach_bodies(program.model), shared, whole.parent / graph)
-        stages.append(Stage(graph, sweep.over, list(sweep.inputs), list(sweep.outputs)))
-    return stages
+        file = f"stream-{namesake:02}-{type(sweep).__name__.lower()}.onnx"
+        stage = Stage(file, sweep.over, list(sweep.inputs), list(sweep.outputs))
+        if namesake != index:
+            yield stage, None
+            continue
+        program.model = _part(together, parts.index(cut[first[kind]]), sweep, tensors)
+        program.optimize()
+        yield stage, attach_bodies(program.model)
+
+
+def save_stages(stages: Iterable[tuple[Stage, ir.Model | None]], whole: Path) -> list[Stage]:
+    """Write graphs beside the whole graph; what they have in common with it stays where that has it.
+
+    Args:
+        stages: as `export_stages` gives them; the graphs in the precision of `whole`.
+        whole: the file, its weights in one file of external data.
+
+    Returns:
+        The stages.
+    """
+    shared, written = _external(whole), []
+    for stage, graph in stages:
+        if graph is not None:
+            _save(graph, shared, whole.with_name(stage.graph))
+        written.append(stage)
+    return written
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -109,9 +126,6 @@ def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor,
     patch, heads, width = config.patch_size, config.num_heads, config.embed_dim
     chunk, keys = Dim(f"tokens_{index}"), Dim(f"keys_{index}")
     rows, columns = (Dim(f"{name}_{index}", max=MAX_GRID) for name in ("rows", "columns"))
-    kernel = torch.float32
-    if config.variant == "pure_infsa" and any(t.dtype == torch.float16 for t in _tensors(model).values()):
-        kernel = torch.float16
 
     def example(name: str) -> tuple[Tensor, dict[int, Any]]:
         if name == "image" and model.takes == "uint8":
@@ -124,12 +138,11 @@ def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor,
             return torch.zeros(1, heads), {}
         if name == "moment":  # of queries, or of tokens
             return torch.zeros(1, heads, config.head_dim if isinstance(sweep, Score) else width), {}
-        dtype = kernel if name in ("q", "k", "v", "query") else torch.float32
         if name == "query" or sweep.over == "class_token":
-            return torch.zeros(1, 1, width, dtype=dtype), {}
+            return torch.zeros(1, 1, width), {}
         if sweep.over == "pairs" and name != "q":
-            return torch.zeros(1, 5, width, dtype=dtype), {1: keys}
-        return torch.zeros(1, 7, width, dtype=dtype), {1: chunk}
+            return torch.zeros(1, 5, width), {1: keys}
+        return torch.zeros(1, 7, width), {1: chunk}
 
     return [example(name) for name in sweep.inputs]
 

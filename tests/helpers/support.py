@@ -1,4 +1,4 @@
-"""Where the golden cases are, and how far is far."""
+"""Where the golden cases are, how far is far, and what rounds as hardware does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.inliner
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ZOO = Path(__file__).parent.parent.parent / "models" / "zoo"
@@ -17,3 +21,25 @@ def relative_error(x: Any, truth: Any) -> float:
     """‖x − truth‖ / ‖truth‖, Frobenius, in float64."""
     x, truth = np.asarray(x, np.float64), np.asarray(truth, np.float64)
     return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
+
+
+class MatMul(OpRun):
+    """Products as hardware forms them in half types: summed in float32, rounded once. Numpy's know no bfloat16."""
+
+    op_domain = ""
+
+    def _run(self, a, b):
+        return (np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype),)
+
+
+class Rounding:
+    """A model run by ONNX's reference evaluator, which rounds after every operator.
+
+    ONNX Runtime on a CPU computes between casts in float32, and not in bfloat16.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._evaluator = ReferenceEvaluator(onnx.inliner.inline_local_functions(model), new_ops=[MatMul])
+
+    def run(self, feeds: dict[str, Any]) -> list[Any]:
+        return self._evaluator.run(None, feeds)

@@ -200,6 +200,7 @@ class TorchStages:
     """The modules themselves behind the driver."""
 
     def __init__(self, network):
+        self.precision, self.max_rows = "fp32", None
         self.modules = sweeps(network, torch.nn.Identity())
         self.stages = [Stage(str(i), m.over, list(m.inputs), list(m.outputs)) for i, m in enumerate(self.modules)]
 

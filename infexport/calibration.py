@@ -1,0 +1,103 @@
+"""What the products of a model meet: ranges and average tokens, by running its float32 graph on images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from infexport.images import read_image
+from infexport.passes import Inputs, weight_key
+from infexport.passes.edit import Editor
+from infexport.passes.products import find_products
+from infexport.runners.ort import import_onnxruntime
+from infexport.transform import fit, normalise, transform_of
+
+
+def batches(
+    files: Sequence[Path],
+    patch: int,
+    preprocessing: dict[str, Any],
+    takes: str,
+    progress: Callable[[int], None],
+) -> Iterator[NDArray[Any]]:
+    """Images by the evaluation transform, as a graph that takes `uint8` or `float32` has them, one at a time.
+
+    Raises:
+        InfexportError: one that cannot be read.
+    """
+    transform = transform_of(preprocessing)
+    for file in files:
+        image = fit(read_image(file), patch, "trained", transform, "pad").pixels[None]
+        yield image if takes == "uint8" else normalise(image, preprocessing)
+        progress(1)
+
+
+def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:
+    """Run a whole graph on images and observe what its products, but for the patch embedding, are given.
+
+    Args:
+        graph: a saved float32 model, beside its weights.
+        images: batches of them as the graph takes them, at least one.
+
+    Returns:
+        By `infexport.passes.weight_key`, which is the same in every graph of a model: stages need no other.
+
+    Raises:
+        InfexportError: ONNX Runtime is not installed.
+    """
+    model = ir.load(graph)
+    products = [product for product in find_products(model.graph) if product.largest is None]
+    keys = [weight_key(product) for product in products]
+    measures = {x: _measures(model.graph, x) for x in dict.fromkeys(product.x for product in products)}
+    session = _session(model, graph.parent)
+    found = {key: _Met() for key in keys}
+    for batch in images:
+        values = session.run(
+            [name for names in measures.values() for name in names], {model.graph.inputs[0].name: batch}
+        )
+        given = {x: values[4 * i : 4 * i + 4] for i, x in enumerate(measures)}
+        for key, product in zip(keys, products, strict=True):
+            found[key].add(*given[product.x])
+    return {key: Inputs(met.low, met.high, np.asarray(met.total / met.tokens)) for key, met in found.items()}
+
+
+@dataclass
+class _Met:
+    low: float = math.inf
+    high: float = -math.inf
+    total: NDArray[np.float64] | float = 0.0
+    tokens: int = 0
+
+    def add(self, low: float, high: float, mean: NDArray[np.float32], shape: NDArray[np.int64]) -> None:
+        tokens = int(np.prod(shape[:-1]))
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        self.total, self.tokens = self.total + tokens * mean.astype(np.float64), self.tokens + tokens
+
+
+def _measures(graph: ir.Graph, x: ir.Value) -> list[str]:
+    """Make outputs of the smallest and largest number of x `[…, N, K]`, of its mean token `[K]`, and of its shape."""
+    edit = Editor(graph)
+    assert x.shape is not None
+    axes = edit.initializer(f"{x.name}_axes", np.arange(len(x.shape) - 1))
+    for op_type, inputs in (("ReduceMin", [x]), ("ReduceMax", [x]), ("ReduceMean", [x, axes]), ("Shape", [x])):
+        dtype = ir.DataType.INT64 if op_type == "Shape" else ir.DataType.FLOAT
+        attributes = {} if op_type == "Shape" else {"keepdims": 0}
+        graph.outputs.append(edit.add(op_type, inputs, ir.val(f"{x.name}_{op_type}", dtype), attributes))
+    return [str(output.name) for output in graph.outputs[-4:]]
+
+
+def _session(model: ir.Model, weights: Path) -> Any:
+    """A session of a model whose external data lies in `weights`."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    graph = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
