@@ -9,40 +9,63 @@ from typing import Any, Literal
 
 import numpy as np
 
-from infexport.gemm import COLUMNS, INNER, MULTIPLY_ADDS, ROWS, giga_operations
+from infexport.gemm import SHAPES, giga_operations, limiting, multiply_adds
 from infexport.manifest import Manifest
 from infexport.work import Work
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements: median, 90th percentile (interpolated), smallest and largest."""
+    """Of repeated measurements: median, 90th and 99th percentile (interpolated), smallest and largest."""
 
     p50: float
     p90: float
+    p99: float
     min: float
     max: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        p50, p90 = np.percentile(values, [50, 90])
-        return cls(float(p50), float(p90), min(values), max(values))
+        p50, p90, p99 = map(float, np.percentile(values, [50, 90, 99]))
+        return cls(p50, p90, p99, min(values), max(values))
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-def limit_of(work: Work, batch: int, precision: str, gemm: Mapping[str, Sequence[float]]) -> float:
-    """Seconds the matrix products of a batch take at the rate at which the machine ran its own.
+def limit_of(
+    work: Work, batch: int, precision: str, gemm: Mapping[str, Sequence[float]], provider: str = "cpu"
+) -> float | None:
+    """Seconds the matrix products of a batch take at the rate at which the machine ran its own; None where it ran none
+    that are like them.
 
     Args:
         work: of one image.
         batch: images.
-        precision: of the bundle; the dense products of `int8` run in int8.
+        precision: of the layers that meet every token.
         gemm: seconds of each `infexport.gemm` run, by kind.
+        provider: what runs the model, as of `infexport.gemm.limiting`.
     """
-    rates = {kind: MULTIPLY_ADDS / Spread.of(seconds).p50 for kind, seconds in gemm.items()}
-    return batch * work.seconds(rates["int8" if precision == "int8" else "float32"], rates["float32"])
+    kinds = limiting(precision, provider)
+    if kinds is None or not gemm.keys() >= set(kinds):
+        return None
+    dense, attention = (multiply_adds(kind) / Spread.of(gemm[kind]).p50 for kind in kinds)
+    return batch * work.seconds(dense, attention)
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What one size cost on the GPU.
+
+    Attributes:
+        peak_memory: bytes on the GPU at most, less what was in use before the model was loaded.
+        joules: drawn while the runs of `Measured.seconds` were made.
+        missing: why one of the two is None.
+    """
+
+    peak_memory: int | None
+    joules: float | None
+    missing: list[str]
 
 
 @dataclass(frozen=True)
@@ -53,13 +76,15 @@ class Measured:
         seconds: of every run of the batch, in the order they were made.
         cold_start: seconds from before the process was started until its first answer.
         peak_memory: bytes resident at most, before anything else than the model was loaded.
-        gemm: seconds of the matrix products run in between, by kind.
+        gemm: seconds of the matrix products run in between (on a GPU: afterwards), by kind.
+        on_gpu: None where it ran on a CPU.
     """
 
     seconds: list[float]
     cold_start: float
     peak_memory: int
     gemm: dict[str, list[float]]
+    on_gpu: OnGpu | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +97,7 @@ class Row:
         batch: images at once.
         work: of one image.
         limit: seconds the batch's matrix products take at the machine's measured rate: of this size's own process
-            where it was measured.
+            where it was measured. None where there is no such rate.
         status: `skipped` is a size that would have taken too long, `failed` one whose process did not answer.
         reason: of what is not measured.
     """
@@ -82,10 +107,16 @@ class Row:
     tokens: int
     batch: int
     work: Work
-    limit: float
+    limit: float | None
     status: Literal["measured", "skipped", "failed"]
     measured: Measured | None = None
     reason: str = ""
+
+    @property
+    def joules_per_image(self) -> float | None:
+        if self.measured is None or self.measured.on_gpu is None or self.measured.on_gpu.joules is None:
+            return None
+        return self.measured.on_gpu.joules / (self.batch * len(self.measured.seconds))
 
     @property
     def name(self) -> str:
@@ -103,13 +134,19 @@ class Row:
         if self.measured is None:
             return values | {"reason": self.reason}
         seconds = Spread.of(self.measured.seconds)
+        if (gpu := self.measured.on_gpu) is not None:
+            values["on_gpu"] = {
+                "peak_memory_bytes": gpu.peak_memory,
+                "joules_per_image": self.joules_per_image,
+                "missing": gpu.missing,
+            }
         return values | {
             "seconds": seconds.to_dict() | {"all": self.measured.seconds},
             "images_per_second": self.batch / seconds.p50,
             "peak_memory_bytes": self.measured.peak_memory,
             "cold_start_seconds": self.measured.cold_start,
             "gemm_seconds": self.measured.gemm,
-            "share_of_limit": self.limit / seconds.p50,
+            "share_of_limit": None if self.limit is None else self.limit / seconds.p50,
         }
 
 
@@ -120,13 +157,15 @@ class Report:
     Attributes:
         bundle: the folder.
         manifest: its own.
-        machine: `cpu`, `cores`, `threads`, `provider` and `onnxruntime`.
+        precision: in which it ran, which for engines is not the bundle's.
+        machine: `cpu`, `cores`, `threads`, `provider` and `runtime`; on a GPU `gpu`, its name or None, too.
         probe: seconds of the matrix products that were run first, by kind.
         rows: in the order of the sizes.
     """
 
     bundle: Path
     manifest: Manifest
+    precision: str
     machine: dict[str, Any]
     probe: dict[str, list[float]]
     rows: tuple[Row, ...]
@@ -143,18 +182,18 @@ class Report:
     @property
     def rates(self) -> dict[str, Spread]:
         """Billions of operations per second, by kind."""
-        return {kind: Spread.of([giga_operations(s) for s in seconds]) for kind, seconds in self.gemm.items()}
+        return {kind: Spread.of([giga_operations(s, kind) for s in seconds]) for kind, seconds in self.gemm.items()}
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "bundle": str(self.bundle),
             "graph": self.manifest.graph,
             "variant": self.manifest.config["variant"],
-            "precision": self.manifest.precision,
+            "precision": self.precision,
             "folded": self.manifest.folded,
             "machine": self.machine,
             "gemm": {
-                "rows_inner_columns": [ROWS, INNER, COLUMNS],
+                "rows_inner_columns": {kind: list(SHAPES[kind]) for kind in self.gemm},
                 "giga_operations_per_second": {kind: spread.to_dict() for kind, spread in self.rates.items()},
             },
             "rows": [row.to_dict() for row in self.rows],

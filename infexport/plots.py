@@ -14,7 +14,7 @@ from infexport.outputs import check_writable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 """Okabe and Ito's, told apart by every kind of colour vision."""
 
 
@@ -37,14 +37,22 @@ def draw_scaling(report: Report, path: Path) -> None:
     time, memory = figure.subplots(1, 2)
     _draw_time(time, report, rows, measured)
     tokens = [row.tokens for row, _ in measured]
-    memory.plot(tokens, [m.peak_memory / 1e6 for _, m in measured], "o-", color=BLUE, markersize=5)
+    on_gpu = [None if m.on_gpu is None else m.on_gpu.peak_memory for _, m in measured]
+    resident = [m.peak_memory / 1e6 for _, m in measured]
+    memory.plot(tokens, resident, "o-", color=BLUE, markersize=5, label="resident")
     memory.set_ylabel("peak resident memory, MB")
+    if all(on_gpu):
+        there = [count / 1e6 for count in on_gpu if count]
+        memory.plot(tokens, there, "s-", color=GREEN, markersize=5, label="on the GPU")
+        memory.set_ylabel("peak memory, MB")
+        memory.legend(frameon=False, loc="lower right", fontsize=9)
     for axes in (time, memory):
         _dress(axes, rows)
     manifest, machine = report.manifest, report.machine
+    place = machine.get("gpu") or f"{machine['cores']} cores ({machine['cpu']})"
     figure.suptitle(
-        f"{manifest.config['variant']}, {manifest.precision}{', folded' if manifest.folded else ''}, "
-        f"batch {rows[0].batch}, on {machine['cores']} cores ({machine['cpu']})",
+        f"{manifest.config['variant']}, {report.precision}{', folded' if manifest.folded else ''}, "
+        f"batch {rows[0].batch}, on {place}",
         fontsize=11,
     )
     figure.savefig(path, metadata={"Software": None})
@@ -59,10 +67,19 @@ def _draw_time(axes: Axes, report: Report, rows: Sequence[Row], measured: Sequen
         fmt="o-", color=BLUE, markersize=5, capsize=3, label="measured: median, minimum to maximum",
     )  # fmt: skip
     # one rate for the whole line: that of the run
-    limits = [limit_of(row.work, row.batch, report.manifest.precision, report.gemm) for row in rows]
-    rates = ", ".join(f"{kind} {rate.p50:.0f} {UNITS[kind]}" for kind, rate in report.rates.items())
-    axes.plot([row.tokens for row in rows], limits, ".--", color=VERMILION, label=f"GEMM limit ({rates})")
-    for row, limit in zip(rows, limits, strict=True):
+    provider = report.machine["provider"]
+    limits = [
+        (row, limit)
+        for row in rows
+        if (limit := limit_of(row.work, row.batch, report.precision, report.gemm, provider)) is not None
+    ]
+    if limits:
+        rates = ", ".join(f"{kind} {rate.p50:.0f} {UNITS[kind]}" for kind, rate in report.rates.items())
+        label = f"GEMM limit ({rates})"
+        axes.plot(
+            [row.tokens for row, _ in limits], [limit for _, limit in limits], ".--", color=VERMILION, label=label
+        )
+    for row, limit in limits:
         if row.measured is None:
             axes.plot([row.tokens], [limit], "x", color=VERMILION, markersize=7)
             axes.annotate(

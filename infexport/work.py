@@ -15,7 +15,7 @@ class Work:
 
     Attributes:
         dense: of tokens with weights.
-        attention: of tokens with tokens; float32 in bundles of every precision.
+        attention: of tokens with tokens, by 16 bits in fp16 and bf16, else by float32.
     """
 
     dense: int

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from infexport import gemm
 from infexport.bundle import open_bundle
 from infexport.machine import peak_memory
+from infexport.nvml import Meter
 from infexport.runners.ort import OrtRunner, import_onnxruntime
+from peers import on_gpu
 from peers.contenders import Contender
 from peers.networks import CONFIGS, network_of, peer_of
 
@@ -26,8 +29,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which infexport takes where a checkpoint has none."""
 
 
-def prepare(contender: Contender, folder: Path) -> None:
-    """Make what a contender of `ort` or `bundle` runs."""
+def prepare(contender: Contender, folder: Path, sizes: str, batches: str) -> None:
+    """Make what a contender of `ort`, `bundle` or `engine` runs.
+
+    Args:
+        contender: of these.
+        folder: where to.
+        sizes, batches: of an engine's images: least, best and most, as `build-engine` takes them.
+    """
     config = CONFIGS[contender.family]
     if contender.how == "ort":
         patch = config.patch_size
@@ -36,6 +45,8 @@ def prepare(contender: Contender, folder: Path) -> None:
         example = (torch.zeros(2, 3, 3 * patch, 5 * patch),)
         file = folder / f"{contender.name}.onnx"
         network = peer_of(contender.family)
+        if contender.precision == "fp16":
+            network, example = network.half(), (example[0].half(),)
         torch.onnx.export(network, example, file, dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False)
     else:
         from safetensors.torch import save_file
@@ -49,11 +60,20 @@ def prepare(contender: Contender, folder: Path) -> None:
             ("norm-eps", config.norm_eps),
         ):
             command += [f"--{name}", str(value)]
-        command += ["--precision", contender.precision, "--fold" if contender.folded else "--no-fold"]
-        done = subprocess.run([sys.executable, "-m", "infexport", *command], stdout=subprocess.DEVNULL, check=False)
+        engine = contender.how == "engine"
+        command += ["--precision", "fp32" if engine else contender.precision]
+        run_infexport(*command, "--fold" if contender.folded else "--no-fold")
         checkpoint.unlink()
-        if done.returncode:
-            sys.exit(done.returncode)  # infexport said why
+        if engine:
+            build = ["build-engine", folder / contender.name, "--target", "local", "--precision", contender.precision]
+            run_infexport(*build, "--sizes", sizes, "--batch", batches)
+
+
+def run_infexport(*command: Any) -> None:
+    """Run a command; where it fails, infexport says why, and this process ends."""
+    done = subprocess.run([sys.executable, "-m", "infexport", *command], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def runner_of(contender: Contender, folder: Path, threads: int | None, images: Any) -> Callable[[], Any]:
@@ -84,30 +104,46 @@ def runner_of(contender: Contender, folder: Path, threads: int | None, images: A
 
 
 def gemm_of(contender: Contender, threads: int | None) -> Callable[[], Any]:
-    if contender.how in gemm.KINDS:
+    if contender.how in gemm.SHAPES:
         product = gemm.Gemm(contender.how, "cpu", threads)
         return product.run
-    left, out = torch.randn(gemm.ROWS, gemm.INNER), torch.empty(gemm.ROWS, gemm.COLUMNS)
-    right = torch.randn(gemm.COLUMNS, gemm.INNER).T  # as a Linear holds its weights
+    rows, inner, columns = gemm.SHAPES["float32"]
+    left, out = torch.randn(rows, inner), torch.empty(rows, columns)
+    right = torch.randn(columns, inner).T  # as a Linear holds its weights
     return lambda: torch.mm(left, right, out=out)
 
 
-def serve(contender: Contender, folder: Path, threads: int | None, images: Path) -> None:
-    """Answer until stdin ends: a line is a run, and its answer seconds and peak memory in bytes."""
+def serve(contender: Contender, folder: Path, threads: int | None, images: Path, device: str) -> None:
+    """Answer until stdin ends: a line is a run, on a GPU a burst of runs, and its answer seconds and peak memory in
+    bytes, on a GPU the GPU's, which is None where NVML doesn't tell.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout as they like
     if threads is not None:
         torch.set_num_threads(threads)
-    if contender.family == "gemm":
-        run = gemm_of(contender, threads)
-    else:
-        run = runner_of(contender, folder, threads, np.load(images))
-        np.save(folder / f"{contender.name}.logits.npy", run())
-    run()
-    print(json.dumps({}), file=out, flush=True)
-    for _ in sys.stdin:
-        time.sleep(gemm.SETTLE)
-        started = time.perf_counter()
+    with ExitStack() as stack:
+        meter = stack.enter_context(Meter()) if device == "cuda" else None
+        if contender.family == "gemm":
+            run = gemm_of(contender, threads) if meter is None else on_gpu.gemm_of(contender, threads)
+        else:
+            pictures = np.load(images)
+            if meter is None:
+                run = runner_of(contender, folder, threads, pictures)
+            else:
+                run = on_gpu.runner_of(contender, folder, threads, pictures, MEAN, STD)
+            np.save(folder / f"{contender.name}.logits.npy", run())
         run()
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "peak_memory": peak_memory()}), file=out, flush=True)
+        on_the_gpu = None
+        if meter is not None:
+            on_gpu.burst(run, on_gpu.WARM_UP)
+            on_the_gpu = meter.peak_memory()
+        print(json.dumps({}), file=out, flush=True)
+        for _ in sys.stdin:
+            if meter is not None:
+                found = {"seconds": on_gpu.burst(run), "peak_memory": on_the_gpu}
+            else:
+                time.sleep(gemm.SETTLE)
+                started = time.perf_counter()
+                run()
+                found = {"seconds": time.perf_counter() - started, "peak_memory": peak_memory()}
+            print(json.dumps(found), file=out, flush=True)

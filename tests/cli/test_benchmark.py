@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from infexport import benchmark, gemm, machine
+from infexport import benchmark, gemm, machine, processes
 from infexport.measurements import Spread, limit_of
 from infexport.work import Work
 
@@ -34,7 +34,7 @@ def test_the_report(name, infexport, golden_bundle):
         "cores": machine.usable_cores(),
         "threads": 2,
         "provider": "cpu",
-        "onnxruntime": onnxruntime.__version__,
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
     }
     rates = report["gemm"]["giga_operations_per_second"]
     assert list(rates) == ["float32"]
@@ -45,14 +45,15 @@ def test_the_report(name, infexport, golden_bundle):
         assert row["status"] == "measured"
         seconds = row["seconds"]
         assert len(seconds["all"]) == 3
-        assert 0 < seconds["min"] <= seconds["p50"] <= seconds["p90"] <= seconds["max"]
+        assert 0 < seconds["min"] <= seconds["p50"] <= seconds["p90"] <= seconds["p99"] <= seconds["max"]
+        assert "on_gpu" not in row
         assert row["images_per_second"] == pytest.approx(2 / seconds["p50"])
         assert row["share_of_limit"] == pytest.approx(row["limit_seconds"] / seconds["p50"])
         assert row["cold_start_seconds"] > seconds["max"]
         assert 2e7 < row["peak_memory_bytes"] < 5e8  # of the worker: this process has torch and more
         assert len(row["gemm_seconds"]["float32"]) == 3  # before, after two, and after the last
         work = row["multiply_adds"]
-        rate = gemm.MULTIPLY_ADDS / Spread.of(row["gemm_seconds"]["float32"]).p50
+        rate = gemm.multiply_adds("float32") / Spread.of(row["gemm_seconds"]["float32"]).p50
         assert row["limit_seconds"] == pytest.approx(2 * (work["dense"] + work["attention"]) / rate)
         assert (work["attention"] > 0) == (report["variant"] == "pure_infsa")
 
@@ -144,10 +145,10 @@ def test_an_interrupt_leaves_no_process(monkeypatch):
         raise KeyboardInterrupt
 
     wrapped(monkeypatch, "print('{}', flush=True)\nsignal.pause()")
-    monkeypatch.setattr(benchmark.subprocess, "Popen", Popen)
-    monkeypatch.setattr(benchmark.json, "loads", interrupt)
+    monkeypatch.setattr(processes.subprocess, "Popen", Popen)
+    monkeypatch.setattr(processes.json, "loads", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        benchmark._ask({})
+        processes.ask(benchmark.WORKER, {})
     assert [worker.returncode for worker in started] == [-signal.SIGKILL]
 
 
@@ -190,8 +191,12 @@ def test_default_sizes_are_whole_patches(golden_bundle, monkeypatch):
 
 
 def test_the_worker_imports_no_torch(golden_bundle):
-    request = json.dumps({"bundle": str(golden_bundle("reference_linear")), "provider": "cpu", "threads": 1})
-    code = "import sys; from infexport.benchmark_worker import main; main()\n"
+    request = json.dumps(
+        {"bundle": str(golden_bundle("reference_linear")), "provider": "cpu", "engine": None, "threads": 1}
+    )
+    code = (
+        "import sys; from infexport.benchmark_worker import work; from infexport.processes import serve; serve(work)\n"
+    )
     code += "print([m for m in ('torch', 'onnx', 'infvit', 'infsa_ops') if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
@@ -205,15 +210,43 @@ def test_the_worker_imports_no_torch(golden_bundle):
 def test_the_limit_of_int8():
     """Dense products at the rate of int8, attention at that of float32; medians of both."""
     seconds = {"float32": [3.0, 2.0, 9.0], "int8": [0.5, 0.5]}
-    work = Work(dense=gemm.MULTIPLY_ADDS, attention=2 * gemm.MULTIPLY_ADDS)
+    product = gemm.multiply_adds("float32")
+    work = Work(dense=product, attention=2 * product)
     assert limit_of(work, 10, "int8", seconds) == pytest.approx(10 * (0.5 + 2 * 3))
     assert limit_of(work, 10, "fp32", seconds) == pytest.approx(10 * (3 + 2 * 3))
-    assert gemm.kinds_for("int8") == ("float32", "int8")
+    assert limit_of(work, 10, "fp16", seconds) == limit_of(work, 10, "fp32", seconds)  # a CPU computes it in float32
+    assert limit_of(work, 10, "int8", seconds, "cuda") is None
 
 
-def product(operator, left, right, out):
-    """The product of gemm.ROWS, INNER and COLUMNS with a right side that is all ones."""
-    rows, inner, columns = gemm.ROWS, gemm.INNER, gemm.COLUMNS
+@pytest.mark.parametrize(("precision", "provider"), [("fp16", "cuda"), ("bf16", "tensorrt")])
+def test_the_limit_of_16_bits_on_a_gpu(precision, provider):
+    """Dense products and attention at the rate of float16, which is measured by a product of its own size."""
+    product = gemm.multiply_adds("float16")
+    assert product == 8192 * 4096 * 8192
+    work = Work(dense=product, attention=2 * product)
+    assert limit_of(work, 10, precision, {"float16": [0.5, 2.0, 1.0]}, provider) == pytest.approx(10 * 3)
+    assert limit_of(work, 10, precision, {"float32": [1.0]}, provider) is None
+    assert limit_of(work, 10, "fp32", {"float32": [1.0]}, provider) == pytest.approx(10 * 3 * 16)
+    assert gemm.giga_operations(2.0, "float16") == product / 1e9
+
+
+@pytest.mark.parametrize("provider", ["engine a100-fp16", "tensorrt-rtx"])
+def test_what_onnx_runtime_does_not_multiply_has_no_limit(provider):
+    assert gemm.limiting("fp16", provider) is None
+    assert limit_of(Work(1, 1), 1, "fp16", {}, provider) is None
+    assert provider in gemm.absence("fp16", provider)
+    assert gemm.limiting("int8", "cuda") is None
+    assert "int8" in gemm.absence("int8", "cuda")
+
+
+def test_the_spread():
+    spread = Spread.of([float(value) for value in range(101)])
+    assert (spread.p50, spread.p90, spread.p99, spread.min, spread.max) == (50, 90, 99, 0, 100)
+
+
+def product(shape, operator, left, right, out):
+    """The product of a shape with a right side that is all ones."""
+    rows, inner, columns = shape
     ones = helper.make_tensor("value", right, [1], [1])
     graph = helper.make_graph(
         [
@@ -232,19 +265,22 @@ def product(operator, left, right, out):
 PRODUCTS = {
     "float32": ("MatMul", TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.FLOAT),
     "int8": ("MatMulInteger", TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32),
+    "float16": ("MatMul", *[TensorProto.FLOAT16] * 3),
 }
 
 
-@pytest.mark.parametrize("kind", gemm.KINDS)
+@pytest.mark.parametrize("kind", gemm.SHAPES)
 def test_the_shipped_products_are_these(kind, tmp_path):
     file = Path(gemm.__file__).with_name(f"{kind}.onnx")
-    assert onnx.load(file) == product(*PRODUCTS[kind])
+    assert onnx.load(file) == product(gemm.SHAPES[kind], *PRODUCTS[kind])
     onnx.checker.check_model(file, full_check=True)
+    if kind == "float16":
+        return  # a CPU would add casts, and take seconds
     # ONNX Runtime makes the right side a weight when it loads the graph, so that it is packed once
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     optimised = onnx.load(tmp_path / "optimised.onnx").graph
     assert [node.op_type for node in optimised.node] == [PRODUCTS[kind][0]]
-    assert [list(tensor.dims) for tensor in optimised.initializer] == [[gemm.INNER, gemm.COLUMNS]]
+    assert [list(tensor.dims) for tensor in optimised.initializer] == [list(gemm.SHAPES[kind][1:])]
     assert gemm.giga_operations(gemm.Gemm(kind, "cpu", 1).seconds()) > 0
