@@ -19,6 +19,7 @@ from infexport.errors import InfexportError
 from infexport.manifest import FILE, LABELS, MODEL, Manifest, read_json, read_manifest, write_manifest
 
 ENGINES = "engines"
+ENGINE_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
 
 def sha256(path: Path) -> str:
@@ -78,18 +79,51 @@ class Bundle:
             facts = read_json(sidecar)
         except InfexportError:
             return {"file": engine.name, "state": "unreadable"}
+        if not _is_sidecar(facts):
+            return {"file": engine.name, "state": "unreadable"}
         if not engine.is_file():
             state = "missing"
-        elif sha256(engine) != facts.get("sha256"):
+        elif sha256(engine) != facts["sha256"]:
             state = "modified"
         else:
-            state = "current" if facts.get("graph") == self.manifest.graph else "stale"
+            state = "current" if facts["graph"].items() <= self.manifest.files.items() else "stale"
         return facts | {"file": engine.name, "state": state}
 
     def to_dict(self) -> dict[str, Any]:
         """For machines: the manifest, where it lies, what changed, and its engines."""
         state = {"bundle": str(self.path), "verified": self.verified, "changed": list(self.changed)}
         return state | {"engines": self.engines} | dataclasses.asdict(self.manifest)
+
+
+def _is_sidecar(facts: dict[str, Any]) -> bool:
+    """Whether a sidecar says all that the tool relies on, of the right types."""
+    texts = ("target", "compute_capability", "precision", "backend", "backend_version", "sha256")
+    graph, profile, chunk, layers = (facts.get(name) for name in ("graph", "profile", "chunk", "layers"))
+    images = profile.get("image", profile.get("pixels")) if isinstance(profile, dict) else None
+    return (
+        all(isinstance(facts.get(name), str) for name in texts)
+        and isinstance(graph, dict)
+        and any(name.endswith(".onnx") for name in graph)
+        and isinstance(profile, dict)
+        and all(map(_is_range, profile.values()))
+        # of the whole graph it is the images alone
+        and (MODEL not in graph or (len(profile) == 1 and images is not None and len(images[0]) == 4))
+        and facts["precision"] in ENGINE_PRECISIONS
+        and (chunk is None or (type(chunk) is int and chunk > 0))
+        and isinstance(layers, dict)
+        and all(isinstance(types, dict) and _is_shape([*types.values()]) for types in layers.values())
+    )
+
+
+def _is_range(value: Any) -> bool:
+    """Minimum, best and maximum shape."""
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(shape, list) for shape in value):
+        return False
+    return len(set(map(len, value))) == 1 and all(map(_is_shape, value))
+
+
+def _is_shape(value: list[Any]) -> bool:
+    return all(type(size) is int for size in value)
 
 
 def open_bundle(path: Path, verify: bool = True) -> Bundle:
@@ -160,7 +194,9 @@ def _check_free(path: Path, force: bool) -> None:
         raise InfexportError(f"the output holds a bundle that cannot be read: {path}", error.details, hint) from error
     foreign = sorted(item.name for item in path.iterdir() if item.name not in own)
     foreign += sorted(
-        item.name for item in path.glob(f"{ENGINES}/*") if not item.name.endswith((".engine", ".engine.json"))
+        item.name
+        for item in path.glob(f"{ENGINES}/*")
+        if not item.name.endswith((".engine", ".engine.json")) and not item.name.startswith(".partial-")
     )
     if foreign:
         raise InfexportError(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from infexport.extras import importable, installed
+from infexport.targets import local_gpu
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _runtime() -> list[Check]:
     except importlib.metadata.PackageNotFoundError:
         both = ""
     cuda = "CUDAExecutionProvider" in providers
-    gpu = _gpu()
+    gpu = local_gpu()
     return [
         Check("run on CPU", "CPUExecutionProvider" in providers, version + both, "pip install 'infexport[cpu]'"),
         Check(
@@ -93,29 +92,30 @@ def _runtime() -> list[Check]:
     ]
 
 
-def _gpu() -> str | None:
-    """The first GPU nvidia-smi names, or None."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+def _engines() -> list[Check]:
+    from infexport.backends import TensorRT, TensorRTRTX
 
-
-def _engines() -> Check:
-    from infexport import tensorrt_rtx
-
-    names = ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
-    return Check(
-        "build engines",
-        installed(tensorrt_rtx.BINDINGS) and installed(tensorrt_rtx.LIBRARIES),
-        _versions(*names) + " (no GPU needed)",
-        "pip install 'infexport[tensorrt-rtx]' (NVIDIA's licence)",
-    )
+    gpu = local_gpu()
+    return [
+        Check(
+            "build engines",
+            installed(TensorRTRTX.BINDINGS) and installed(TensorRTRTX.LIBRARIES),
+            _versions("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13") + " (no GPU needed)",
+            "pip install 'infexport[tensorrt-rtx]' (NVIDIA's licence)",
+        ),
+        Check(
+            "build on the GPU",
+            installed("tensorrt") and gpu is not None,
+            f"{_versions(TensorRT.name)}; {gpu or 'no NVIDIA GPU'}",
+            "an NVIDIA driver; pip install 'infexport[tensorrt]'",
+        ),
+        Check(
+            "run engines",
+            installed("polygraphy") and gpu is not None,
+            f"{_versions('polygraphy')}; {gpu or 'no NVIDIA GPU'}",
+            "an NVIDIA driver; pip install 'infexport[tensorrt]' or 'infexport[tensorrt-rtx]'",
+        ),
+    ]
 
 
 def _images() -> list[Check]:
@@ -137,4 +137,4 @@ def _images() -> list[Check]:
 
 def examine() -> list[Check]:
     """Every check, in the order of the road: machine, convert, run, images, engines."""
-    return [_machine(), _convert(), *_runtime(), *_images(), _engines()]
+    return [_machine(), _convert(), *_runtime(), *_images(), *_engines()]

@@ -1,153 +1,215 @@
-"""Bundle → engine for a GPU, with a sidecar that says what it is."""
+"""Bundle → engines for a GPU, each with a sidecar that says what it is."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from infexport import tensorrt_rtx
+from infexport.backends import Backend
 from infexport.bundle import ENGINES, Bundle, sha256
 from infexport.errors import InfexportError
 from infexport.extras import require
+from infexport.machine import cache_folder
+from infexport.manifest import MODEL
+from infexport.processes import ask, command_of
+from infexport.profiles import Profile, Shapes, check_stages, check_whole, stage_shapes
+from infexport.targets import Gpu, Target
+
+CHUNK = 8192
+"""Tokens at a time where a GPU streams: enough to fill it."""
+
+WORKER = command_of("infexport.engine_worker")
 
 
 @dataclass(frozen=True)
-class Target:
-    """A GPU to build for: `compute_capability` is what NVIDIA calls it, `enum` the library's name of it."""
+class Plan:
+    """What to build.
 
-    compute_capability: str
-    enum: str
-
-
-TARGETS = {"a100": Target("8.0", "SM80")}
-
-INT32_MAX = 2**31 - 1
-CAVEAT = "built without a GPU and not run on the target; NVIDIA's support matrix lists TensorRT-RTX for consumer GPUs"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The images an engine takes: sides in pixels and batch, from `min` over `opt`, which is fastest, to `max`."""
-
-    min_size: int
-    opt_size: int
-    max_size: int
-    opt_batch: int
-    max_batch: int
-
-    def shapes(self, input_kind: str) -> dict[str, list[list[int]]]:
-        """Minimum, optimum and maximum shape of the graph's input."""
-        triples = ((1, self.min_size), (self.opt_batch, self.opt_size), (self.max_batch, self.max_size))
-        if input_kind == "uint8":
-            return {"image": [[batch, size, size, 3] for batch, size in triples]}
-        return {"pixels": [[batch, 3, size, size] for batch, size in triples]}
-
-
-def default_profile(bundle: Bundle, max_size: int | None = None, max_batch: int = 8) -> Profile:
-    """One patch to `max_size` (4 times the trained size, at least 1024), best at the trained size.
-
-    Raises:
-        InfexportError: a maximum that is no whole number of patches, below the trained size, or too large for TensorRT.
+    Attributes:
+        target: the GPU.
+        backend: builds it.
+        precision: of the layers that meet every token: `fp32`, `tf32`, its products rounded to 10 bits, `fp16`, `bf16`
+            or `int8`.
+        gpu: of this machine.
+        execution: `whole`, an engine of the whole graph, or `stream`, one for each stage.
+        profile: of the whole graph.
+        chunk: tokens at a time, of the stages.
+        calibrate: images that fix the ranges of activations, for int8.
+        memory: bytes that the largest images may take on the GPU; None for the target's.
     """
-    size, patch = bundle.manifest.config["image_size"], bundle.manifest.config["patch_size"]
-    largest = max_size or max(4 * size, -(-1024 // patch) * patch)
-    if largest % patch or largest < size:
-        raise InfexportError(
-            f"--max-size {largest} does not fit the model",
-            f"expected a multiple of its patch, {patch}, and at least its trained size, {size}",
-            f"for example --max-size {max(size, round(largest / patch) * patch)}",
-        )
-    tokens = (largest // patch) ** 2 + 1
-    hidden = max_batch * tokens * bundle.manifest.config["mlp_dim"]
-    if hidden > INT32_MAX:
-        raise InfexportError(
-            "the largest tensor would have more elements than TensorRT counts",
-            f"the MLP's hidden layer, [{max_batch}, {tokens}, {bundle.manifest.config['mlp_dim']}], has {hidden:,} "
-            f"elements, more than {INT32_MAX:,}",
-            "give a smaller --max-size or --max-batch",
-        )
-    return Profile(patch, size, largest, 1, max_batch)
+
+    target: Target
+    backend: Backend
+    precision: str
+    execution: Literal["whole", "stream"]
+    profile: Profile
+    gpu: Gpu | None
+    chunk: int = CHUNK
+    calibrate: tuple[Path, ...] = ()
+    memory: int | None = None
 
 
-def build_engine(bundle: Bundle, target: str, profile: Profile) -> tuple[Path, dict[str, Any]]:
-    """Build `engines/<target>-fp32.engine` in the bundle with TensorRT-RTX. Needs no GPU.
+class Listener:
+    """What is told of a build; this one ignores it."""
+
+    def status(self, message: str) -> None:
+        """Something a person would like to know."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """So many steps of a phase are done."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One engine to be: of which graph, for which shapes, under which name."""
+
+    graph: str
+    shapes: Shapes
+    engine: str
+
+
+def build_engines(bundle: Bundle, plan: Plan, listener: Listener) -> list[tuple[Path, dict[str, Any]]]:
+    """Build into the bundle's folder of engines; nothing of them appears unless all can be built.
 
     Returns:
-        The engine's file and its sidecar, which is written beside it as `<file>.json`.
+        Every engine's file and its sidecar, which is written beside it as `<file>.json`.
 
     Raises:
-        InfexportError: the extra is missing, or the library refuses or crashes.
+        InfexportError: not an fp32 bundle, shapes that no engine can have, an extra that is missing, or the library
+            refuses or crashes.
     """
-    if bundle.manifest.precision != "fp32":
-        raise InfexportError(
-            f"engines are built from fp32 bundles, this one is {bundle.manifest.precision}",
-            hint="convert the checkpoint with --precision fp32",
-        )
-    require(tensorrt_rtx.BINDINGS, tensorrt_rtx.LIBRARIES, extra="tensorrt-rtx")
+    parts = _parts(bundle, plan)
     folder = bundle.path / ENGINES
-    engine = folder / f"{target}-{bundle.manifest.precision}.engine"
     try:
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
-            built = Path(scratch) / engine.name
-            response = _run_worker(
-                Path(scratch),
-                {
-                    "model": str(bundle.model.resolve()),
-                    "engine": str(built),
-                    "compute_capability": TARGETS[target].enum,
-                    "profile": profile.shapes(bundle.manifest.input),
-                },
-            )
-            sidecar = {
-                "target": target,
-                "compute_capability": TARGETS[target].compute_capability,
-                "precision": bundle.manifest.precision,
-                "backend": "tensorrt-rtx",
-                "backend_version": response["backend_version"],
-                "profile": profile.shapes(bundle.manifest.input),
-                "caveat": CAVEAT,
-                "checkpoint": bundle.manifest.checkpoint["files"],
-                "graph": bundle.manifest.graph,
-                "sha256": sha256(built),
-                "bytes": built.stat().st_size,
-            }
-            described = built.with_name(engine.name + ".json")
-            described.write_text(json.dumps(sidecar, indent=2) + "\n")
-            # killed between the two, a sidecar stands beside an engine it does not describe: its hash tells
-            described.replace(engine.with_name(described.name))
-            built.replace(engine)
+            version, built = _build(bundle, plan, parts, Path(scratch), listener)
+            facts = _facts(bundle, plan) | {"backend_version": version}
+            made = []
+            for part, found in zip(parts, built, strict=True):
+                engine = Path(scratch) / part.engine
+                files = {name: bundle.manifest.files[name] for name in _files(bundle, part.graph)}
+                sidecar = facts | {"graph": files, "profile": part.shapes, "sha256": sha256(engine)}
+                sidecar |= {"bytes": engine.stat().st_size, **found}
+                engine.with_name(engine.name + ".json").write_text(json.dumps(sidecar, indent=2) + "\n")
+                made.append((folder / part.engine, sidecar))
+            for engine, _ in made:
+                # killed between the two, a sidecar stands beside an engine it does not describe: its hash tells
+                for name in (engine.name + ".json", engine.name):
+                    (Path(scratch) / name).replace(folder / name)
     except OSError as error:
         raise InfexportError(
-            f"cannot write the engine: {engine}",
+            f"cannot write the engine: {folder}",
             str(error),
             "the bundle must be writable, with room for the engine",
         ) from error
-    return engine, sidecar
+    return made
 
 
-def _run_worker(scratch: Path, request: dict[str, Any]) -> dict[str, Any]:
-    request_file, response_file = scratch / "request.json", scratch / "response.json"
-    request_file.write_text(json.dumps(request))
-    done = subprocess.run(
-        # -P: a json.py in the folder this is run from must not be imported
-        [sys.executable, "-P", "-m", "infexport.engine_worker", str(request_file), str(response_file)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if not response_file.is_file():
+def _parts(bundle: Bundle, plan: Plan) -> list[_Part]:
+    manifest = bundle.manifest
+    if manifest.precision != "fp32":
         raise InfexportError(
-            f"TensorRT-RTX ended with exit code {done.returncode}",
-            (done.stderr or done.stdout)[-2000:],
-            "infexport doctor shows what is installed",
+            f"engines are built from fp32 bundles, this one is {manifest.precision}",
+            hint="convert the checkpoint with --precision fp32; build-engine has a --precision of its own",
         )
-    response: dict[str, Any] = json.loads(response_file.read_text())
-    if "error" in response:
-        raise InfexportError(response["error"], response["details"], response["hint"])
-    return response
+    if (plan.precision == "int8") != bool(plan.calibrate):
+        raise InfexportError(
+            f"--precision {plan.precision} {'without' if plan.precision == 'int8' else 'with'} --calibrate",
+            "an int8 engine has ranges of activations that images fix; the others have none",
+            "give --precision int8 --calibrate IMAGES, a few hundred of the kind it will see",
+        )
+    if plan.precision not in ("fp32", "tf32"):
+        require("onnx", "onnx_ir", extra="export")
+    name = f"{plan.target.name}-{plan.precision}"
+    if plan.execution == "whole":
+        check_whole(manifest, plan.profile, plan.target, bundle.weights, plan.memory)
+        return [_Part(MODEL, plan.profile.shapes(manifest.input), f"{name}.engine")]
+    if manifest.stages is None:
+        raise InfexportError(
+            "this bundle has no stages to build engines for",
+            "it was converted with --no-fold, or by an earlier infexport",
+            "convert the checkpoint again",
+        )
+    check_stages(manifest, plan.chunk, plan.target, bundle.weights, plan.memory)
+    stages = {stage.graph: stage for stage in manifest.stages}
+    return [
+        _Part(graph, stage_shapes(manifest, stage, plan.chunk), f"{name}.{Path(graph).stem}.engine")
+        for graph, stage in stages.items()
+    ]
+
+
+def _files(bundle: Bundle, graph: str) -> list[str]:
+    """The files an engine is built from: the graph, and the weights that all graphs share."""
+    return [graph] + [name for name in (f"{MODEL}.data",) if name in bundle.manifest.files]
+
+
+def _facts(bundle: Bundle, plan: Plan) -> dict[str, Any]:
+    """What all sidecars of a build say."""
+    return {
+        "target": plan.target.name,
+        "compute_capability": plan.target.capability,
+        "precision": plan.precision,
+        "calibration": {"images": len(plan.calibrate)} if plan.calibrate else None,
+        "chunk": plan.chunk if plan.execution == "stream" else None,
+        "backend": plan.backend.name,
+        "versions": {"infexport": importlib.metadata.version("infexport")},
+        "gpu": None if plan.gpu is None else dataclasses.asdict(plan.gpu),
+        "caveat": plan.backend.caveat,
+        "checkpoint": bundle.manifest.checkpoint["files"],
+    }
+
+
+def _build(
+    bundle: Bundle, plan: Plan, parts: list[_Part], scratch: Path, listener: Listener
+) -> tuple[str, list[dict[str, Any]]]:
+    """Have the worker build: the library's version, and what it says of every engine."""
+    built: list[dict[str, Any]] = []
+    handlers: dict[str, Callable[[Any], None]] = {
+        "status": listener.status,
+        "phase": lambda phase: listener.phase(*phase),
+        "built": lambda found: built.append({key: found[key] for key in ("seconds", "layers", "log")}),
+    }
+
+    def heard(message: dict[str, Any]) -> None:
+        for kind, value in message.items():
+            if kind in handlers:
+                handlers[kind](value)
+
+    request = {
+        "backend": plan.backend.name,
+        "target": dataclasses.asdict(plan.target),
+        "tf32": plan.precision == "tf32",
+        "memory": plan.memory,
+        "caches": str(cache_folder()),
+        "gpu": plan.gpu and plan.gpu.name.replace(" ", "-"),
+        "lowering": {
+            "bundle": str(bundle.path.absolute()),
+            "precision": plan.precision,
+            "images": [str(file.absolute()) for file in plan.calibrate],
+            "scratch": str(scratch.absolute()),
+        },
+        "builds": [
+            {
+                "name": part.graph,
+                "graph": str((bundle.path / part.graph).absolute()),
+                "engine": str((scratch / part.engine).absolute()),
+                "profile": part.shapes,
+            }
+            for part in parts
+        ],
+    }
+    try:
+        answer = ask(WORKER, request, heard)
+    except InfexportError as error:
+        if error.summary.startswith("the process"):  # it crashed, and says nothing of what it was about
+            summary = f"{plan.backend.name} ended while building: {error.summary}"
+            raise InfexportError(summary, error.details, "infexport doctor shows what is installed") from error
+        raise
+    return answer["version"], built

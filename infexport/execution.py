@@ -10,6 +10,7 @@ from typing import Literal
 from infexport import memory
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
+from infexport.stream import CHUNK
 
 Execution = Literal["auto", "whole", "stream"]
 Way = Literal["whole", "memory", "disk"]
@@ -26,7 +27,7 @@ class Policy:
         execution: `auto` takes the fastest way that fits.
         memory: bytes the process may take.
         scratch: folder for tokens; None keeps them in memory where they fit.
-        chunk: tokens at a time.
+        chunk: tokens at a time; None for what suits what runs them.
         half: keep tokens in float16.
         batch: images at once, where they are run whole.
     """
@@ -34,7 +35,7 @@ class Policy:
     execution: Execution
     memory: int
     scratch: Path | None
-    chunk: int
+    chunk: int | None
     half: bool
     batch: int = 1
 
@@ -61,7 +62,7 @@ def estimates(bundle: Bundle, policy: Policy, image: Image) -> dict[Way, int]:
     if manifest.stages is not None:
         for way in ("memory", "disk"):
             found[way] = image.loaded + memory.streamed(
-                manifest, image.tokens, image.width, policy.chunk, policy.half, way == "disk"
+                manifest, image.tokens, image.width, policy.chunk or CHUNK, policy.half, way == "disk"
             )
     return found
 

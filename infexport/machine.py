@@ -69,3 +69,8 @@ def available_memory() -> int:
     except (OSError, ValueError, StopIteration):
         pass
     return max(0, min(found))
+
+
+def cache_folder() -> Path:
+    """Where infexport keeps what can be made again: in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infexport"

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -18,12 +18,13 @@ from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.execution import Image, Policy, Way, choose
 from infexport.images import read_image
-from infexport.machine import usable_cores
+from infexport.machine import cache_folder, usable_cores
 from infexport.predictions import Failure, Prediction
-from infexport.runners import Runner
-from infexport.runners.ort import OrtRunner, OrtStages, candidates, import_onnxruntime
-from infexport.stream import stream
-from infexport.stream.scratch import Identity, Scratch, default_scratch
+from infexport.runners import Deployed, Runner, Stages, spread
+from infexport.runners.opening import Opening
+from infexport.runners.ort import candidates, import_onnxruntime
+from infexport.stream import CHUNK, stream
+from infexport.stream.scratch import Identity, Scratch
 from infexport.stream.source import ArrayRows, Rows, Source, open_rows
 from infexport.transform import Fitted, fit, resized, transform_of
 
@@ -37,13 +38,14 @@ class Request:
             transform at N pixels.
         edge: how a side becomes a whole number of patches: `pad` replicates the edge, `crop` cuts.
         policy: how they are run. Images are never padded to a common size: every token enters the pooled state.
-        provider, threads: as of `runners.ort.OrtRunner`.
+        provider, engine, threads: as of `runners.opening.Opening`.
     """
 
     policy: Policy
     size: Literal["trained", "native"] | int = "trained"
     edge: Literal["pad", "crop"] = "pad"
     provider: str = "auto"
+    engine: str | None = None
     threads: int | None = None
 
 
@@ -56,8 +58,8 @@ class Listener:
     def status(self, message: str) -> None:
         """Something a person would like to know."""
 
-    def running(self, provider: str) -> None:
-        """A session has been opened on a provider."""
+    def running(self, provider: str, precision: str) -> None:
+        """A session has been opened on a provider, in a precision."""
 
     def sweep(self, file: str, stage: int, done: int, total: int) -> None:
         """So many of the rows of a stage are done, of an image that is streamed."""
@@ -79,7 +81,15 @@ class Run:
         self._answers: dict[int, Prediction] = {}
         self._failures: dict[int, Failure] = {}
         self._sessions = ExitStack()
+        self._opening = Opening(bundle, request.provider, request.engine, request.threads)
         self._on_gpu = False
+
+    @cached_property
+    def _policy(self) -> Policy:
+        """As asked for, with the chunk that engines were built for where none was named."""
+        streaming = self._opening.engines.get("stream")
+        chunk = self.request.policy.chunk or (streaming and streaming.chunk) or CHUNK
+        return replace(self.request.policy, chunk=chunk)
 
     def __call__(self, files: Sequence[Path]) -> tuple[list[Prediction], list[Failure]]:
         """Predictions and failures, each in the order of `files`.
@@ -87,11 +97,12 @@ class Run:
         Raises:
             InfexportError: the bundle cannot be run at all. What is wrong with an image is a failure of that image.
         """
-        available = import_onnxruntime().get_available_providers()
         with self._sessions:
-            # a package for GPUs may be where none is: only a session knows
-            if candidates(self.request.provider, available)[0] != "cpu":
-                self._on_gpu = self._runner.provider != "cpu"
+            self._on_gpu = bool(self._opening.engines) or self._gpu_of_onnxruntime()
+            for note in self._opening.notes:
+                self.listener.status(note)
+            if "whole" in self._opening.engines and self._policy.execution != "stream":
+                _ = self._runner  # one that cannot be loaded is no image's failure
             for batch in _batches(self._whole_images(files), self.request.policy.batch):
                 runner = self._runner
                 with self._failing(files, [index for index, _ in batch], _shapes(batch)):
@@ -111,17 +122,24 @@ class Run:
                 reason = InfexportError(error.summary, error.details, error.hint)
             self._failures |= {index: Failure(_name(files[index]), reason) for index in indices}
 
+    def _gpu_of_onnxruntime(self) -> bool:
+        # a package for GPUs may be where none is: only a session knows
+        available = import_onnxruntime().get_available_providers()
+        return candidates(self.request.provider, available)[0] != "cpu" and self._runner.provider != "cpu"
+
     @cached_property
-    def _runner(self) -> OrtRunner:
+    def _runner(self) -> Deployed:
         """Of the whole graph, which is loaded when the first image needs it."""
-        runner = self._sessions.enter_context(OrtRunner(self.bundle, self.request.provider, self.request.threads))
-        self.listener.running(runner.provider)
+        runner = self._sessions.enter_context(self._opening.runner())
+        self.listener.running(runner.provider, runner.precision)
+        if split := spread(runner.placement):
+            self.listener.status(f"{split}; infexport inspect --provider {self.request.provider} shows which")
         return runner
 
     @cached_property
-    def _stages(self) -> OrtStages:
-        stages = self._sessions.enter_context(OrtStages(self.bundle, self.request.provider, self.request.threads))
-        self.listener.running(stages.provider)
+    def _stages(self) -> Stages:
+        stages = self._sessions.enter_context(self._opening.stages())
+        self.listener.running(stages.provider, stages.precision)
         return stages
 
     def _whole_images(self, files: Sequence[Path]) -> Iterator[tuple[int, Fitted]]:
@@ -148,28 +166,45 @@ class Run:
         else:
             rows = ArrayRows(resized(read_image(file), request.size, self._transform))
         source = Source(rows, self._patch, request.edge)
-        # what is predicted is a CPU's memory, and the caches that make chunks faster are a CPU's
-        if request.policy.execution == "stream" or request.policy.scratch is not None or not self._on_gpu:
-            way = choose(self.bundle, request.policy, Image(source.tokens, source.grid[1] * self._patch, rows.loaded))
-            if way != "whole":
-                return source, way
+        way = self._way(source, rows.loaded)
+        if way != "whole":
+            return source, way
         pixels = rows.pixels if isinstance(rows, ArrayRows) else read_image(file)
         return fit(pixels, self._patch, "native", self._transform, request.edge)
 
-    def _stream(self, file: Path, source: Source, way: Way, stages: OrtStages) -> Prediction:
-        policy, listener = self.request.policy, self.listener
+    def _way(self, source: Source, loaded: int) -> Way:
+        policy = self._policy
+        # what is predicted is a CPU's memory, and the caches that make chunks faster are a CPU's
+        if self._on_gpu and policy.execution != "stream" and policy.scratch is None:
+            if policy.execution == "whole" or self._takes_whole(source):
+                return "whole"
+            policy = replace(policy, execution="stream")
+        if "stream" in self._opening.engines:  # what passes through them is in the GPU's memory
+            policy = replace(policy, chunk=CHUNK)
+        return choose(self.bundle, policy, Image(source.tokens, source.grid[1] * self._patch, loaded))
+
+    def _takes_whole(self, source: Source) -> bool:
+        """Whether the GPU is to run an image at once; where nothing else may, it says itself why it cannot."""
+        engines = self._opening.engines
+        if engines and "whole" not in engines:
+            return False
+        shape = (1, *(side * self._patch for side in source.grid), 3)
+        return self._runner.takes(shape) or (self._opening.engines_alone and "stream" not in engines)
+
+    def _stream(self, file: Path, source: Source, way: Way, stages: Stages) -> Prediction:
+        policy, listener = self._policy, self.listener
         scratch: Scratch | None = None
         with ExitStack() as stack:
             if way == "disk":
-                root = policy.scratch or default_scratch()
-                identity = self._identity(file, source.rows, stages.provider)
+                root = policy.scratch or cache_folder()
+                identity = self._identity(file, source.rows, stages)
                 scratch = stack.enter_context(Scratch(root, identity, listener.status))
             found = stream(
                 self.bundle,
                 stages,
                 source,
                 scratch,
-                policy.chunk,
+                policy.chunk or CHUNK,
                 policy.half,
                 lambda stage, done, total: listener.sweep(_name(file), stage, done, total),
             )
@@ -184,19 +219,19 @@ class Run:
             found.rounding,
         )
 
-    def _identity(self, file: Path, rows: Rows, provider: str) -> Identity:
+    def _identity(self, file: Path, rows: Rows, stages: Stages) -> Identity:
         """What decides an image's answer to the last bit."""
         request, manifest = self.request, self.bundle.manifest
         facts = {
             "bundle": manifest.files,
             "size": request.size,
             "edge": request.edge,
-            "chunk": request.policy.chunk,
-            "tokens": "float16" if request.policy.half else "float32",
-            "provider": provider,
+            "chunk": self._policy.chunk,
+            "tokens": "float16" if self._policy.half else "float32",
+            "provider": stages.provider,
             "threads": request.threads or usable_cores(),
             "reader": rows.reader,
-            "onnxruntime": import_onnxruntime().__version__,
+            "runtime": stages.identity,
             "infexport": importlib.metadata.version("infexport"),
         }
         return Identity(file, facts)

@@ -40,7 +40,8 @@ def summary_lines(bundle: Bundle) -> list[str]:
         )
     for engine in bundle.engines:
         state = "" if engine["state"] == "current" else f", {engine['state'].upper()}"
-        lines.append(f"engine      {engine['file']}: {engine.get('backend')} {engine.get('backend_version')}{state}")
+        facts = f"{engine.get('backend')} {engine.get('backend_version')}, compute capability " * ("backend" in engine)
+        lines.append(f"engine      {engine['file']}: {facts}{engine.get('compute_capability', '')}{state}")
     return lines
 
 

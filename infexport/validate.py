@@ -1,11 +1,12 @@
-"""Bundle and checkpoint → verdict: does ONNX Runtime compute what PyTorch does?"""
+"""Bundle and checkpoint → verdict: does what is deployed compute what PyTorch does?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from infexport.bundle import Bundle, sha256
 from infexport.errors import InfexportError
 from infexport.images import read_image
 from infexport.parity import Comparison, Tolerance, compare, tolerance_for
-from infexport.runners import Runner
-from infexport.runners.ort import OrtRunner
+from infexport.runners import Deployed
+from infexport.runners.opening import Opening
 from infexport.runners.torch import TorchRunner
+from infexport.stream import CHUNK
+from infexport.stream import stream as run_streamed
+from infexport.stream.source import ArrayRows, Source
 from infexport.transform import check_whole_patches, fit, transform_of
 from infvit.checkpoint import Checkpoint, load_checkpoint
 from infvit.errors import CheckpointError
@@ -30,7 +34,7 @@ class Case:
     Attributes:
         name: the size, or the image's file.
         shape: of the images, `[B, H, W, 3]`.
-        bundle: the bundle in ONNX Runtime; what the verdict is made of.
+        bundle: the bundle, or its engine; what the verdict is made of.
         torch: PyTorch in float32, for comparison: its own rounding is no better.
     """
 
@@ -55,6 +59,7 @@ class Report:
     Attributes:
         bundle, checkpoint: what was compared.
         verified: the bundle's hashes were right.
+        ran: what ran the bundle, in words.
         tolerance: what the cases were judged by.
         cases: sizes, then images, in the order given.
         failed: images that could not be compared, and why.
@@ -63,6 +68,7 @@ class Report:
     bundle: Path
     checkpoint: Path
     verified: bool
+    ran: str
     tolerance: Tolerance
     cases: tuple[Case, ...]
     failed: tuple[tuple[Path, InfexportError], ...]
@@ -76,6 +82,7 @@ class Report:
             "checkpoint": str(self.checkpoint),
             "passed": bool(self),
             "verified": self.verified,
+            "ran": self.ran,
             "tolerance": {
                 "relative": self.tolerance.relative,
                 "precision": self.tolerance.precision,
@@ -155,12 +162,49 @@ def _synthetic_batch(height: int, width: int) -> NDArray[np.uint8]:
     return np.stack([image, image[::-1], 255 - image])
 
 
+class StreamRunner:
+    """Runs images through the stages of a bundle, one after the other, as `Deployed` runs them at once."""
+
+    def __init__(self, bundle: Bundle, opening: Opening) -> None:
+        self._bundle, self._stages = bundle, opening.stages()
+        engines = opening.engines.get("stream")
+        self._chunk = (engines and engines.chunk) or CHUNK
+
+    def __enter__(self) -> Self:
+        self._stages.__enter__()
+        self.provider, self.version = f"{self._stages.provider}, streamed", self._stages.version
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stages.__exit__(kind, error, trace)
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        return True
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        patch = self._bundle.manifest.config["patch_size"]
+        found = [
+            run_streamed(self._bundle, self._stages, Source(ArrayRows(image), patch, "pad"), chunk=self._chunk)
+            for image in images
+        ]
+        return {"logits": np.stack([one.logits for one in found])}
+
+
+def _logits(runner: Deployed | StreamRunner, batch: NDArray[np.uint8]) -> NDArray[Any]:
+    """Of a batch; image by image where the runner does not take so many at once."""
+    parts = [batch] if runner.takes(batch.shape) else [batch[i : i + 1] for i in range(len(batch))]
+    return np.concatenate([runner.run(part)["logits"] for part in parts])
+
+
 def validate(
     bundle: Bundle,
     checkpoint_path: Path,
     sizes: list[tuple[int, int]],
     images: list[Path],
-    threads: int | None = None,
+    opening: Opening | None = None,
+    stream: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
     """Run the bundle, PyTorch and its float64 twin on the same inputs and judge.
@@ -170,7 +214,8 @@ def validate(
         checkpoint_path: what it must agree with.
         sizes: `(height, width)` of synthetic images, multiples of the patch, three at a time.
         images: files, each at its own resolution, completed to whole patches. One that cannot be read is reported.
-        threads: of ONNX Runtime.
+        opening: of the bundle, what is judged; None judges it in ONNX Runtime on the CPU.
+        stream: judge its stages, chunk by chunk.
         progress: told of every case that is done, with 1.
 
     Raises:
@@ -180,22 +225,27 @@ def validate(
     for height, width in sizes:
         check_whole_patches(height, width, patch)
     checkpoint = load_recorded(checkpoint_path, bundle)
-    tolerance = tolerance_for(bundle.manifest.precision, bundle.manifest.config["depth"])
+    opening = opening or Opening(bundle, "cpu")
+    tolerance = tolerance_for(opening.precision, bundle.manifest.config["depth"])
     mean, std = bundle.manifest.preprocessing["mean"], bundle.manifest.preprocessing["std"]
     truth_runner = TorchRunner(checkpoint, mean, std, torch.float64)
     torch_runner = TorchRunner(checkpoint, mean, std, torch.float32)
-    bundle_runner = OrtRunner(bundle, "cpu", threads)
+    bundle_runner = StreamRunner(bundle, opening) if stream else opening.runner()
     cases: list[Case] = []
     failed: list[tuple[Path, InfexportError]] = []
     with truth_runner, torch_runner, bundle_runner:
 
         def judge(name: str, batch: NDArray[np.uint8]) -> None:
-            runners: tuple[Runner, ...] = (truth_runner, torch_runner, bundle_runner)
-            truth, eager, exported = (runner.run(batch)["logits"] for runner in runners)
+            exported = _logits(bundle_runner, batch)
+            truth, eager = (runner.run(batch)["logits"] for runner in (truth_runner, torch_runner))
             cases.append(Case(name, batch.shape, compare(exported, truth, tolerance), compare(eager, truth, tolerance)))
 
         for height, width in sizes:
-            judge(f"{height}x{width}", _synthetic_batch(height, width))
+            name = f"{height}x{width}"
+            try:
+                judge(name, _synthetic_batch(height, width))
+            except InfexportError as error:
+                failed.append((Path(name), error))
             progress(1)
         for path in images:
             try:
@@ -204,4 +254,5 @@ def validate(
             except InfexportError as error:
                 failed.append((path, error))
             progress(1)
-    return Report(bundle.path, checkpoint_path, bundle.verified, tolerance, tuple(cases), tuple(failed))
+        ran = f"{bundle_runner.provider}, {bundle_runner.version}"
+    return Report(bundle.path, checkpoint_path, bundle.verified, ran, tolerance, tuple(cases), tuple(failed))

@@ -76,7 +76,7 @@ def test_every_file_is_checked(bundle, infexport):
 
 
 def test_an_engine_is_checked_too(bundle, infexport):
-    infexport("build-engine", bundle, "--target", "a100", "--max-size", 64)
+    infexport("build-engine", bundle, "--target", "a100", "--sizes", 64)
     assert infexport("inspect", bundle).stdout.count("a100-fp32.engine") == 2
     engine = bundle / "engines" / "a100-fp32.engine"
     content = engine.read_bytes()

@@ -101,6 +101,28 @@ class Sweeps:
             self._out.status(text)
 
 
+class Phases:
+    """The phases of a build on stderr: a line that changes on a terminal, else nothing."""
+
+    EVERY = 0.2
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._told = 0.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._terminal and now - self._told >= self.EVERY:
+            self._told = now
+            click.echo(f"\r\x1b[K{name}: {done} of {total}", err=True, nl=False)
+
+    def clear(self) -> None:
+        """Make room for another line."""
+        if self._told:
+            click.echo("\r\x1b[K", err=True, nl=False)
+            self._told = 0.0
+
+
 def _finite(value: Any) -> Any:
     """The value with null for what JSON has no number for."""
     if isinstance(value, dict):

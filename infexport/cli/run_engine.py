@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from infexport.cli.output import Output, Sweeps
+from infexport.cli.providers import engine_option, provider_option
 from infexport.cli.sizes import Bytes
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Size(click.ParamType[str | int]):
         self.fail(f"{value!r} is neither trained, native nor a number of pixels", param, ctx)
 
 
-@click.command("run-engine", short_help="Label images with BUNDLE in ONNX Runtime.")
+@click.command("run-engine", short_help="Label images with BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", type=click.Path(path_type=Path), nargs=-1)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a .json, .csv or .npz file.")
@@ -43,7 +44,9 @@ class Size(click.ParamType[str | int]):
               help="Run the whole graph, or stream: chunk by chunk, in memory that hardly grows.")  # fmt: skip
 @click.option("--memory", type=Bytes(), help="What the process may take, such as 2GiB.  [default: 80% of what is free]")
 @click.option(
-    "--chunk", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens at a time, streamed."
+    "--chunk",
+    type=click.IntRange(min=1),
+    help="Tokens at a time, streamed.  [default: 1024; of engines, what they were built for]",
 )
 @click.option("--tokens", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="How tokens are kept while streaming; float16 is half as much, its error is reported.")  # fmt: skip
@@ -51,8 +54,8 @@ class Size(click.ParamType[str | int]):
               help="Keep tokens on disk, in this folder; a run that is killed goes on there.  [default: only where "
               "memory is short, in the user's cache]")  # fmt: skip
 @click.option("--clean", is_flag=True, help="First delete what interrupted runs left in the scratch folder.")
-@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True,
-              help="Where ONNX Runtime must run; another than asked for is an error.")  # fmt: skip
+@provider_option()
+@engine_option
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
@@ -72,16 +75,17 @@ def run_engine(
     features: bool,
     execution: Any,
     memory: int | None,
-    chunk: int,
+    chunk: int | None,
     tokens: str,
     scratch: Path | None,
     clean: bool,
     provider: str,
+    engine: str | None,
     batch_size: int,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Label IMAGES (files or folders) with BUNDLE in ONNX Runtime.
+    """Label IMAGES (files or folders) with BUNDLE: by its engines on a GPU, or in ONNX Runtime.
 
     An image that cannot be read doesn't stop the others: it is reported, and the exit code is 1. An image that is
     larger than memory is streamed with --size native (extra 'stream'; 'slides' for OpenSlide's formats). One that must
@@ -90,7 +94,7 @@ def run_engine(
     from infexport.bundle import open_bundle
     from infexport.execution import Policy
     from infexport.images import find_images
-    from infexport.machine import available_memory
+    from infexport.machine import available_memory, cache_folder
     from infexport.predictions import Results, check_output
     from infexport.run import Listener, Request, Run
     from infexport.runners.ort import remarks
@@ -106,7 +110,7 @@ def run_engine(
         raise click.UsageError("--scratch is for streaming: leave out --execution whole")
     opened = open_bundle(bundle)
     if clean:
-        out.status(f"freed {scratches.clean(scratch or scratches.default_scratch()) / 1e9:.2f} GB")
+        out.status(f"freed {scratches.clean(scratch or cache_folder()) / 1e9:.2f} GB")
         if not images:
             return
     files = find_images(images)
@@ -117,7 +121,7 @@ def run_engine(
         out.warning(line)
     limit = int(0.8 * available_memory()) if memory is None else memory
     policy = Policy(execution, limit, scratch, chunk, tokens == "float16", batch_size)
-    request = Request(policy, size, edge, provider, threads)
+    request = Request(policy, size, edge, provider, engine, threads)
     names = [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in opened.manifest.stages or ()]
     told: set[str] = set()
     with out.progress(len(files), "images") as bar:
@@ -131,9 +135,9 @@ def run_engine(
             def status(self, message: str) -> None:
                 out.status(message)
 
-            def running(self, provider: str) -> None:
-                out.status(f"running on {provider} with {opened.manifest.precision}")
-                for line in set(remarks(opened.manifest.precision, provider)) - told:
+            def running(self, provider: str, precision: str) -> None:
+                out.status(f"running on {provider} with {precision}")
+                for line in set(remarks(precision, provider)) - told:
                     told.add(line)
                     out.warning(line)
 

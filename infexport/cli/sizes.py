@@ -51,3 +51,17 @@ class Sizes(click.ParamType[list[tuple[int, int]]]):
                 self.fail(f"{part!r} is no size; expected N or HEIGHTxWIDTH, such as 224,512x384", param, ctx)
             sizes.append(size)
         return sizes
+
+
+class Numbers(click.ParamType[list[int]]):
+    """Whole numbers above zero, `1,4,8`."""
+
+    name = "N,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+            self.fail(f"{value!r}: expected whole numbers above zero, such as 1,4,8", param, ctx)
+        return [int(part) for part in parts]

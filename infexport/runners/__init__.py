@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from infexport.manifest import Stage
+
+Placement = dict[str, Counter[str]]
+"""Where nodes run → operator → number of nodes."""
 
 
 class Runner(Protocol):
@@ -20,4 +27,59 @@ class Runner(Protocol):
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """`logits [B, classes]` and `features [B, E]` of uint8 RGB images `[B, H, W, 3]`, whole patches."""
+        ...
+
+
+class Deployed(Runner, Protocol):
+    """A runner of what is shipped.
+
+    Attributes:
+        provider: where it runs, in words; known once it is entered.
+        precision: of the layers that meet every token.
+        version: of the library that runs it, in words.
+    """
+
+    provider: str
+    precision: str
+    version: str
+
+    @property
+    def placement(self) -> Placement:
+        """Where the nodes run, once entered."""
+        ...
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether it runs images of a shape `[B, H, W, 3]` at all."""
+        ...
+
+
+def spread(placement: Placement) -> str:
+    """Where the nodes run, in a line; empty where that is one place."""
+    counts = [f"{counter.total()} nodes on {place}" for place, counter in placement.items()]
+    return ", ".join(counts) if len(counts) > 1 else ""
+
+
+class Stages(Protocol):
+    """What runs stages, as of `stream.driver.StageRunner`: a context manager, too.
+
+    Attributes:
+        provider, precision, version: as of `Deployed`.
+        max_rows: rows of patches in a strip of the image, at most; None for any.
+        identity: what decides an answer to the last bit, besides the bundle.
+    """
+
+    provider: str
+    precision: str
+    version: str
+    identity: dict[str, str]
+    max_rows: int | None
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def run(self, stage: Stage, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The stage's outputs by name."""
         ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -15,13 +16,17 @@ from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.manifest import Stage
+from infexport.runners import Placement
 from infexport.transform import normalise
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
+RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
+"""A library of its own, which ONNX Runtime loads."""
 
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -34,16 +39,25 @@ class OrtRunner:
 
     Args:
         bundle: what to run.
-        provider: `cpu`, `cuda`, `tensorrt`, or `auto`: cuda where it works, else cpu. The attribute `provider` says
-            which, once entered.
+        provider: `cpu`, `cuda`, `tensorrt`, `tensorrt-rtx`, or `auto`: cuda where it works, else cpu. The attribute
+            `provider` says which, once entered.
         threads: of one operator; None leaves it to ONNX Runtime (all cores).
     """
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int | None = None) -> None:
         self.bundle = bundle
-        self.provider = provider
+        self.provider, self.precision = provider, bundle.manifest.precision
+        self.version = f"onnxruntime {import_onnxruntime().__version__}"
         self.threads = threads
         self._session: Any = None
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        return True
+
+    @property
+    def placement(self) -> Placement:
+        """Where the nodes run, once entered."""
+        return placement_of(self._session)
 
     def __enter__(self) -> Self:
         self._session, self.provider = open_session(self.bundle.model, self.provider, self.threads)
@@ -78,9 +92,13 @@ class OrtStages:
         bundle, provider, threads: as of `OrtRunner`.
     """
 
+    max_rows: int | None = None
+
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int | None = None) -> None:
         self.bundle = bundle
-        self.provider = provider
+        self.provider, self.precision = provider, bundle.manifest.precision
+        self.version = f"onnxruntime {import_onnxruntime().__version__}"
+        self.identity = {"onnxruntime": self.version}
         self.threads = threads
         self._graph = ""
         self._session: Any = None
@@ -150,20 +168,31 @@ def open_session(graph: Path, provider: str, threads: int | None) -> tuple[Any, 
     )
 
 
+def with_options(provider: str) -> str | tuple[str, dict[str, str]]:
+    """A key of PROVIDERS as a session takes it."""
+    # by default float32 products are rounded to TF32, 10 bits, on a GPU
+    return (PROVIDERS[provider], {"use_tf32": "0"}) if provider == "cuda" else PROVIDERS[provider]
+
+
 def _start(graph: Path, provider: str, threads: int | None) -> Any:
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not _has_int8_products():
         # there the uint8 by int8 kernels of x86 saturate: take the exact ones, at half the speed
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    providers: list[str | tuple[str, dict[str, str]]] | None = [with_options(provider)]
+    if provider == "tensorrt-rtx":
+        options.add_provider_for_devices(_rtx_devices(onnxruntime), {})
+        providers = None  # the options have it
     try:
         return onnxruntime.InferenceSession(
             graph,
             sess_options=options,
-            providers=[PROVIDERS[provider]],
+            providers=providers,
             enable_fallback=0,  # its own fallback prints to stdout and may come in the middle of a run
         )
     except Exception as error:  # ONNX Runtime raises its own kinds, which share no base but Exception
@@ -174,13 +203,47 @@ def _start(graph: Path, provider: str, threads: int | None) -> Any:
         ) from error
 
 
+def _rtx_devices(onnxruntime: ModuleType) -> list[Any]:
+    """The GPUs of the TensorRT-RTX provider, which is loaded where it is not yet.
+
+    Raises:
+        InfexportError: it cannot be loaded, or it finds no GPU.
+    """
+    require(RTX_PACKAGE, extra="tensorrt-rtx")
+    name, library = PROVIDERS["tensorrt-rtx"], importlib.import_module(RTX_PACKAGE)
+
+    def devices() -> list[Any]:
+        return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+    hint = "an NVIDIA driver and GPU (infexport doctor), or use --provider cpu"
+    if not devices():
+        try:
+            onnxruntime.register_execution_provider_library(name, library.get_library_path())
+        except Exception as error:  # as of InferenceSession
+            raise InfexportError(f"ONNX Runtime cannot load {name}", str(error), hint) from error
+    found = devices()
+    if not found:
+        raise InfexportError(f"{name} finds no GPU", hint=hint)
+    return found[:1]  # it takes one
+
+
+def placement_of(session: Any) -> Placement:
+    """Where a session's nodes run, as ONNX Runtime has assigned them."""
+    found: Placement = {}
+    for part in session.get_provider_graph_assignment_info():
+        found.setdefault(part.ep_name, Counter()).update(
+            f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in part.get_nodes()
+        )
+    return found
+
+
 def remarks(precision: str, provider: str) -> list[str]:
     """What a user should know of a bundle's precision on a provider."""
     if precision == "fp16" and provider == "cpu":
         return ["fp16 on the CPU is computed in float32: no faster than an fp32 bundle"]
-    if precision == "int8" and provider != "cpu":
+    if precision == "int8" and provider in PROVIDERS and provider != "cpu":
         return [f"int8 graphs are for the CPU: on {provider} expect less speed than of fp32 or fp16"]
-    if precision == "int8" and not _has_int8_products():
+    if precision == "int8" and provider == "cpu" and not _has_int8_products():
         return ["this processor has no int8 dot products (VNNI): int8 is right here, but slow"]
     return []
 
@@ -217,6 +280,8 @@ def candidates(asked: str, available: list[str]) -> list[str]:
     """
     if asked == "auto":
         return [name for name in ("cuda", "cpu") if PROVIDERS[name] in available]
+    if asked == "tensorrt-rtx":
+        return [asked]  # none of the build's own: it is loaded with a session
     if PROVIDERS[asked] not in available:
         raise InfexportError(
             f"this ONNX Runtime has no {PROVIDERS[asked]}",

@@ -54,7 +54,7 @@ def stream(
     Raises:
         InfexportError: no room for the tokens, a damaged image, or a stage that fails.
     """
-    stages, precision = bundle.manifest.stages, bundle.manifest.precision
+    stages, precision = bundle.manifest.stages, runner.precision
     assert stages is not None, "the caller checks that there are stages"
     width = bundle.manifest.config["embed_dim"]
     position = Position() if scratch is None or scratch.position is None else scratch.position

@@ -29,7 +29,15 @@ RECORD_CHUNKS, RECORD_SECONDS = 16, 5.0
 
 
 class StageRunner(Protocol):
-    """What runs a stage: ONNX Runtime here, an engine, another machine."""
+    """What runs a stage: ONNX Runtime, an engine, another machine.
+
+    Attributes:
+        precision: of the layers that meet every token.
+        max_rows: rows of patches in a strip of the image, at most; None for any.
+    """
+
+    precision: str
+    max_rows: int | None
 
     def run(self, stage: Stage, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The stage's outputs by name."""
@@ -190,7 +198,7 @@ class Driver:
             feeds = {name: self.tokens.read(index, name, 0, 1) for name in stage.inputs if name in BY_TOKEN}
             yield 1, self._finish(index, position, 0, self.runner.run(stage, feeds | sums))
         elif stage.over == "image":
-            for done, strip in self.source.strips(position.done, self.chunk):
+            for done, strip in self.source.strips(position.done, self.chunk, self.runner.max_rows):
                 values = self.runner.run(stage, strip)
                 yield done, self._finish(index, position, 1 + done - values["tokens"].shape[1], values)
         elif stage.over == "tokens":

@@ -24,11 +24,6 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 PREFIX = "infexport-"
 
 
-def default_scratch() -> Path:
-    """Where scratch folders are unless told: the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infexport"
-
-
 @dataclass(frozen=True)
 class Identity:
     """What a run is of: it goes on only where all of this is the same.

@@ -84,14 +84,14 @@ def test_doctor_says_what_is_there(infexport):
 
 
 def test_doctor_says_what_is_missing(infexport, monkeypatch):
-    from infexport import doctor
+    from infexport import doctor, targets
 
     monkeypatch.setattr(doctor, "installed", lambda module: False)
     monkeypatch.setattr(doctor, "importable", lambda module: False)
-    monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
+    monkeypatch.setattr(targets.shutil, "which", lambda program: None)
     shown = infexport("doctor").stdout
-    assert shown.count("\nno ") == 6
-    for extra in ("export", "cpu", "gpu", "stream", "slides", "tensorrt-rtx"):
+    assert shown.count("\nno ") == 8
+    for extra in ("export", "cpu", "gpu", "stream", "slides", "tensorrt-rtx", "tensorrt"):
         assert f"pip install 'infexport[{extra}]'" in shown
 
 

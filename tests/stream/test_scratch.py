@@ -24,6 +24,7 @@ class Counting:
 
     def __init__(self, runner, last=None, after=False):
         self.runner, self.last, self.after, self.calls = runner, last, after, 0
+        self.precision, self.max_rows = runner.precision, runner.max_rows
 
     def run(self, stage, feeds):
         self.calls += 1

@@ -1,0 +1,207 @@
+"""A bundle's engines on a GPU, by Polygraphy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infexport.backends import BACKENDS, errors_in, log_of
+from infexport.bundle import ENGINES, Bundle
+from infexport.engines import EngineSet
+from infexport.errors import InfexportError
+from infexport.extras import require
+from infexport.manifest import MODEL, Stage
+from infexport.profiles import STRIP_ROWS
+from infexport.runners import Placement
+from infexport.transform import normalise
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class EngineSession:
+    """One engine, loaded on the GPU.
+
+    Args:
+        bundle: the folder it lies in.
+        facts: its sidecar, as of `Bundle.engines`.
+
+    Raises:
+        InfexportError: the library is missing or refuses the engine, or the GPU has no room for it.
+    """
+
+    def __init__(self, bundle: Path, facts: Mapping[str, Any]) -> None:
+        self._bundle, self._facts = bundle, facts
+        require("polygraphy", extra=facts["backend"])
+        backend = BACKENDS[facts["backend"]]
+        trt = backend.load()
+        log = log_of(trt)
+        log.take()
+        with ExitStack() as stack:
+            try:
+                from polygraphy.backend.trt import TrtRunner
+                from polygraphy.logger import G_LOGGER
+
+                G_LOGGER.module_severity, G_LOGGER.colors = G_LOGGER.CRITICAL, False  # it prints to stdout
+                # what is loaded holds on to what it was loaded with
+                engine = trt.Runtime(log).deserialize_cuda_engine((bundle / ENGINES / facts["file"]).read_bytes())
+                context = engine and backend.context(engine, facts["sha256"], stack)
+                if not context:
+                    raise self._refused("\n".join(errors_in(log.take())) or "it does not say why")
+                self._runner = TrtRunner(context)
+                self._runner.activate()
+                stack.callback(self._runner.deactivate)
+            except (InfexportError, OSError):
+                raise
+            except Exception as error:  # Polygraphy's own, the library's, or ctypes'
+                raise self._refused("\n".join([*errors_in(log.take()), str(error)])) from error
+            self._stack = stack.pop_all()
+
+    def _refused(self, details: str) -> InfexportError:
+        facts = self._facts
+        return InfexportError(
+            f"{facts['backend']} refuses the engine {facts['file']}, or the GPU has no room for it",
+            details,
+            f"build it again here: {self._build()}",
+        )
+
+    def _build(self) -> str:
+        """The command that builds it for this GPU."""
+        stream = "" if self._facts["chunk"] is None else " --execution stream"
+        return f"infexport build-engine {self._bundle} --target local --precision {self._facts['precision']}{stream}"
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The engine's outputs by name.
+
+        Raises:
+            InfexportError: shapes outside the engine's profile, or a GPU that fails.
+        """
+        self._check(feeds)
+        try:
+            found = self._runner.infer({name: np.ascontiguousarray(value) for name, value in feeds.items()})
+        except Exception as error:  # Polygraphy's own, the library's, or ctypes'
+            raise InfexportError(
+                f"the GPU failed in {self._facts['file']}", str(error), "smaller images or batches need less memory"
+            ) from error
+        return {name: np.array(value) for name, value in found.items()}  # its buffers are used again
+
+    def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
+        for name, (low, _, high) in self._facts["profile"].items():
+            shape = list(feeds[name].shape) if name in feeds else []
+            if len(shape) != len(low) or any(not a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+                raise InfexportError(
+                    f"{name} {shape} is outside what {self._facts['file']} was built for",
+                    f"expected {low} to {high}",
+                    f"give --chunk {self._facts['chunk']} or less"
+                    if self._facts["chunk"] is not None
+                    else f"{self._build()} --sizes MIN,BEST,MAX --batch MIN,BEST,MAX; or with --execution stream, for "
+                    "images of any size",
+                )
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def version_of(facts: Mapping[str, Any]) -> str:
+    """What runs an engine, in words."""
+    return f"{facts['backend']} {facts['backend_version']}"
+
+
+def takes(facts: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    """Whether an engine of the whole graph was built for images of a shape `[B, H, W, 3]`."""
+    ((name, (low, _, high)),) = facts["profile"].items()
+    batch, height, width, channels = shape
+    given = list(shape) if name == "image" else [batch, channels, height, width]
+    return all(a <= n <= b for a, n, b in zip(low, given, high, strict=True))
+
+
+class EngineRunner:
+    """Runs the engine of a bundle's whole graph.
+
+    Args:
+        bundle: what to run.
+        engines: a set that runs the whole graph.
+    """
+
+    def __init__(self, bundle: Bundle, engines: EngineSet) -> None:
+        self.bundle = bundle
+        self.provider, self.precision = f"engine {engines.name}", engines.precision
+        self._facts = engines.engines[MODEL]
+        self.version = version_of(self._facts)
+        self._session: EngineSession | None = None
+
+    def __enter__(self) -> Self:
+        self._session = EngineSession(self.bundle.path, self._facts)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session = None
+
+    @property
+    def placement(self) -> Placement:
+        layers = self._facts["layers"]
+        return {self.provider: Counter({kind: sum(types.values()) for kind, types in layers.items()})}
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        return takes(self._facts, shape)
+
+    def run(self, images: NDArray[np.uint8]) -> Arrays:
+        assert self._session is not None, "enter the runner before running it"
+        manifest = self.bundle.manifest
+        if manifest.input == "uint8":
+            return self._session.run({"image": images})
+        return self._session.run({"pixels": normalise(images, manifest.preprocessing)})
+
+
+class EngineStages:
+    """Runs the engines of a bundle's stages; all stay on the GPU, since loading one takes longer than a sweep.
+
+    Args:
+        bundle: what to run.
+        engines: a set that streams.
+    """
+
+    max_rows: int | None = STRIP_ROWS
+
+    def __init__(self, bundle: Bundle, engines: EngineSet) -> None:
+        self.bundle = bundle
+        self.provider, self.precision = f"engine {engines.name}", engines.precision
+        self._engines = engines.engines
+        self.version = version_of(next(iter(self._engines.values())))
+        self.identity = {graph: facts["sha256"] for graph, facts in self._engines.items()}
+        self._sessions: dict[str, EngineSession] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._sessions:
+            with suppress(Exception):  # one that cannot be closed must not keep the others open
+                self._sessions.popitem()[1].close()
+
+    def run(self, stage: Stage, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+        """The stage's outputs by name.
+
+        Raises:
+            InfexportError: as of `EngineSession`.
+        """
+        if stage.graph not in self._sessions:
+            self._sessions[stage.graph] = EngineSession(self.bundle.path, self._engines[stage.graph])
+        values = dict(feeds)
+        if stage.over == "image" and self.bundle.manifest.input == "float32":
+            values["image"] = normalise(values["image"], self.bundle.manifest.preprocessing)
+        found = self._sessions[stage.graph].run(values)
+        # one value has one name in a graph: what goes in again comes out under another (`infexport.stages`)
+        return {name: found[f"{name}_out" if name in stage.inputs else name] for name in stage.outputs}

@@ -1,0 +1,102 @@
+"""Which library builds for which GPU, and why."""
+
+import subprocess
+
+import pytest
+
+from infexport import backends, targets
+from infexport.errors import InfexportError
+from infexport.targets import Gpu, local_gpu, target_of
+
+A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 << 30, "580.1", "8.0")
+H200 = Gpu("NVIDIA H200", 141 * 10**9, "580.1", "9.0")
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    monkeypatch.setattr(backends, "installed", lambda module: True)
+
+
+@pytest.mark.parametrize(
+    ("target", "gpu", "chosen", "words"),
+    [
+        ("a100", A100, "tensorrt", "it has the GPU at hand"),
+        ("a100", None, "tensorrt-rtx", "no NVIDIA GPU here"),
+        ("a100", H200, "tensorrt-rtx", "compute capability 9.0, not 8.0"),
+        ("h200", H200, "tensorrt", "it has the GPU at hand"),
+    ],
+)
+def test_auto_takes_the_gpu_s_own(target, gpu, chosen, words, everything):
+    backend, why = backends.choose("auto", target_of(target), gpu)
+    assert backend.name == chosen
+    assert words in why
+
+
+def test_none_can(everything):
+    with pytest.raises(InfexportError) as refused:
+        backends.choose("auto", target_of("h100"), A100)
+    assert "tensorrt: it builds for the GPU it runs on" in refused.value.details
+    assert "tensorrt-rtx: it builds for compute capabilities" in refused.value.details
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [("a100", "8.0"), ("sm_80", "8.0"), ("sm90", "9.0"), ("sm_120", "12.0")]
+)
+def test_targets_by_name_and_capability(name, capability):
+    assert target_of(name).capability == capability
+
+
+@pytest.mark.parametrize("name", ["", "sm_", "sm_8", "sm_8x", "A100!", "../a100"])
+def test_no_such_target(name):
+    with pytest.raises(InfexportError, match="no such target"):
+        target_of(name)
+
+
+def smi(monkeypatch, stdout, code=0):
+    monkeypatch.setattr(targets.shutil, "which", lambda program: "nvidia-smi")
+    monkeypatch.setattr(
+        targets.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, code, stdout, "")
+    )
+
+
+def test_the_local_gpu(monkeypatch):
+    smi(monkeypatch, "NVIDIA A100-SXM4-80GB, 81920, 580.1, 8.0\nanother, 1, 1, 9.0\n")
+    assert local_gpu() == A100
+    target = target_of("local")
+    assert (target.name, target.capability, target.memory) == ("nvidia-a100-sxm4-80gb", "8.0", 80 << 30)
+
+
+def test_the_gpu_that_cuda_sees(monkeypatch):
+    asked = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234,0")
+    monkeypatch.setattr(targets.shutil, "which", lambda program: "nvidia-smi")
+
+    def run(command, **options):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "NVIDIA GB10, [N/A], 580.1, 12.1\n", "")
+
+    monkeypatch.setattr(targets.subprocess, "run", run)
+    gpu = local_gpu()
+    assert "--id=GPU-1234" in asked[0]
+    assert (gpu.memory, gpu.capability) == (None, "12.1")
+    assert "shared memory" in str(gpu)
+
+
+def test_libraries_that_pip_brought_are_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/known")
+    for _ in range(2):
+        backends._find_libraries([tmp_path])
+        assert backends.os.environ["LD_LIBRARY_PATH"] == f"{tmp_path}:/known"
+
+
+@pytest.mark.parametrize(("stdout", "code"), [("", 0), ("No devices were found\n", 6), ("a, b, c, d\n", 0)])
+def test_a_driver_that_has_no_gpu(monkeypatch, stdout, code):
+    smi(monkeypatch, stdout, code)
+    assert local_gpu() is None
+
+
+def test_an_old_tensorrt(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").write_text("__version__ = '8.6.1'")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InfexportError, match=r"TensorRT 8.6.1 is too old"):
+        backends.BACKENDS["tensorrt"].load()
