@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -16,13 +15,3 @@ def with_children(module: Module, **children: nn.Module | None) -> Module:
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
     return twin
-
-
-def replaced(module: Module, table: Mapping[nn.Module, nn.Module]) -> Module:
-    """The module with its descendants replaced as `table` says; what has none of them is shared."""
-    children = {
-        name: table[child] if child in table else replaced(child, table) for name, child in module.named_children()
-    }
-    if all(children[name] is child for name, child in module.named_children()):
-        return module
-    return with_children(module, **children)
