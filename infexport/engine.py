@@ -17,7 +17,7 @@ from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.machine import cache_folder
 from infexport.manifest import MODEL
-from infexport.processes import ask, command_of
+from infexport.processes import Ended, ask, command_of
 from infexport.profiles import Profile, Shapes, check_stages, check_whole, stage_shapes
 from infexport.targets import Gpu, Target
 
@@ -207,9 +207,7 @@ def _build(
     }
     try:
         answer = ask(WORKER, request, heard)
-    except InfexportError as error:
-        if error.summary.startswith("the process"):  # it crashed, and says nothing of what it was about
-            summary = f"{plan.backend.name} ended while building: {error.summary}"
-            raise InfexportError(summary, error.details, "infexport doctor shows what is installed") from error
-        raise
+    except Ended as error:  # it says nothing of what it was about
+        summary = f"{plan.backend.name} ended while building: {error.summary}"
+        raise InfexportError(summary, error.details, "infexport doctor shows what is installed") from error
     return answer["version"], built

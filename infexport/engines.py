@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from infexport.backends import BACKENDS
@@ -88,7 +89,6 @@ def choose(bundle: Bundle, kind: Kind, name: str | None = None, gpu: Gpu | None 
     fitting = [each for each in sets if not refusal(each, gpu)]
     if len(fitting) == 1:
         return fitting[0]
-    flags = "" if kind == "whole" else " --execution stream"
     if fitting:
         raise InfexportError(
             f"several engines fit {gpu.name}",
@@ -104,8 +104,15 @@ def choose(bundle: Bundle, kind: Kind, name: str | None = None, gpu: Gpu | None 
     raise InfexportError(
         f"this bundle has no {what} {f'{name} ' if name else ''}for {gpu.name}",
         "\n".join(reasons) or "it has none at all",
-        f"infexport build-engine {bundle.path} --target local --precision {precision}{flags}",
+        build_command(bundle.path, precision, kind),
     )
+
+
+def build_command(bundle: Path, precision: str, kind: Kind) -> str:
+    """The command that builds engines for this machine's GPU."""
+    images = " --calibrate IMAGES" if precision == "int8" else ""
+    stream = " --execution stream" if kind == "stream" else ""
+    return f"infexport build-engine {bundle} --target local --precision {precision}{images}{stream}"
 
 
 STATES = {

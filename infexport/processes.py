@@ -19,6 +19,10 @@ from infexport.errors import InfexportError
 Message = dict[str, Any]
 
 
+class Ended(InfexportError):
+    """A process ended that should not have."""
+
+
 def command_of(module: str) -> list[str]:
     """The command that runs a module whose `main` calls `serve`."""
     # -P: a json.py in the folder this is run from must not be imported
@@ -34,7 +38,8 @@ def ask(command: Sequence[str], request: Message, heard: Callable[[Message], Non
         heard: told of every message when it comes.
 
     Raises:
-        InfexportError: what the worker could not do, or how it ended.
+        InfexportError: what the worker could not do.
+        Ended: it ended before it was done.
     """
     answer: Message = {}
     with tempfile.TemporaryFile("w+", errors="replace") as messages:
@@ -63,13 +68,13 @@ def ask(command: Sequence[str], request: Message, heard: Callable[[Message], Non
     return answer
 
 
-def ending(code: int, messages: str) -> InfexportError:
+def ending(code: int, messages: str) -> Ended:
     """How a process ended that should not have, from its exit code and what it wrote to stderr."""
     if code < 0:
         name = signal.Signals(-code).name
-        return InfexportError(f"the process was killed by {name}", "out of memory, most likely" * (name == "SIGKILL"))
+        return Ended(f"the process was killed by {name}", "out of memory, most likely" * (name == "SIGKILL"))
     last = messages.strip().rpartition("\n")[2]
-    return InfexportError(f"the process ended with exit code {code}", last, "this is a bug in infexport")
+    return Ended(f"the process ended with exit code {code}", last, "this is a bug in infexport")
 
 
 def serve(work: Callable[[Message, Callable[[Message], None]], None]) -> None:

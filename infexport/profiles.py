@@ -162,8 +162,8 @@ def peak(manifest: Manifest, weights: int, batch: int, tokens: int) -> int:
     """Bytes on the GPU at the worst moment, about: around the GELU, or with a tile of affinities, in float32."""
     config = manifest.config
     widest = 2 * config["mlp_dim"]
-    if config["variant"] == "pure_infsa":  # a tile of queries of all heads, as it is and twice in half precision
-        widest = max(widest, config["embed_dim"] * 2, 2 * TILE * config["num_heads"])
+    if config["variant"] == "pure_infsa":  # a tile of queries of all heads: float32, its squares, and half precision
+        widest = max(widest, 4 * TILE * config["num_heads"])
     return weights + 4 * batch * tokens * (widest + 4 * config["embed_dim"])
 
 
@@ -183,8 +183,8 @@ def check_stages(manifest: Manifest, chunk: int, target: Target, weights: int, m
         return max([*tensors, strip], key=lambda tensor: tensor.elements(1, chunk))
 
     def needed(chunk: int) -> int:
-        over = [stage.over for stage in stages.values() if stage.over not in ("nothing", "class_token")]
-        return weights + len(over) * (peak(manifest, 0, 1, chunk))
+        rows = {"nothing": 1, "class_token": 1, "pairs": PAIR_CHUNKS * chunk}
+        return weights + sum(peak(manifest, 0, 1, rows.get(stage.over, chunk)) for stage in stages.values())
 
     def fits(chunk: int) -> bool:
         return largest(chunk).elements(1, chunk) <= INT32_MAX and (room is None or needed(chunk) <= room)

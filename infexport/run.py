@@ -132,7 +132,7 @@ class Run:
         """Of the whole graph, which is loaded when the first image needs it."""
         runner = self._sessions.enter_context(self._opening.runner())
         self.listener.running(runner.provider, runner.precision)
-        if split := spread(runner.placement):
+        if runner.provider != "cpu" and (split := spread(runner.placement)):
             self.listener.status(f"{split}; infexport inspect --provider {self.request.provider} shows which")
         return runner
 

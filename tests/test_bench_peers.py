@@ -1,6 +1,5 @@
 """What scripts/bench_peers.py measures against is what it says it is, and its reports say all of it."""
 
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support import relative_error
+from support import TINY, relative_error
 
 import infsa_ops
 from infexport.work import work_of
-from infvit.config import InfViTConfig
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +36,8 @@ def test_the_reference_forms_are_the_operators(rho, peers):
 
 @pytest.fixture
 def tiny(peers, monkeypatch):
-    config = InfViTConfig(
-        variant="linear_infsa", image_size=24, patch_size=8, depth=2, embed_dim=24, num_heads=3, mlp_dim=40,
-        num_classes=5, norm_eps=1e-6,
-    )  # fmt: skip
-    variants = {"linear": "linear_infsa", "pure": "pure_infsa", "softmax": "softmax"}
-    configs = {family: dataclasses.replace(config, variant=variant) for family, variant in variants.items()}
-    monkeypatch.setattr(peers.networks, "CONFIGS", configs)
-    return configs
+    monkeypatch.setattr(peers.networks, "CONFIGS", TINY)
+    return TINY
 
 
 @pytest.mark.parametrize("family", ["linear", "pure", "softmax"])

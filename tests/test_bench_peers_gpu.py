@@ -1,6 +1,5 @@
 """What scripts/bench_peers.py does on a GPU, as far as a machine without one can tell."""
 
-import dataclasses
 import importlib
 import json
 import subprocess
@@ -13,10 +12,9 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from support import relative_error
+from support import TINY, relative_error
 
 from infexport import gemm
-from infvit.config import InfViTConfig
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -31,14 +29,8 @@ def peers():
 
 @pytest.fixture
 def tiny(peers, monkeypatch):
-    config = InfViTConfig(
-        variant="linear_infsa", image_size=24, patch_size=8, depth=2, embed_dim=24, num_heads=3, mlp_dim=40,
-        num_classes=5, norm_eps=1e-6,
-    )  # fmt: skip
-    variants = {"linear": "linear_infsa", "pure": "pure_infsa", "softmax": "softmax"}
-    configs = {family: dataclasses.replace(config, variant=variant) for family, variant in variants.items()}
     for module in (peers.networks, peers.worker):
-        monkeypatch.setattr(module, "CONFIGS", configs)
+        monkeypatch.setattr(module, "CONFIGS", TINY)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,10 +1,9 @@
 """The meter of a GPU: what it reads, of which GPU, and what it says where there is nothing to read."""
 
-import sys
 import time
 
 import pytest
-from fake_nvml import FakeNvml, NVMLError
+from fake_nvml import FakeNvml, NVMLError, install
 
 from infexport import nvml
 from infexport.nvml import Meter, device_of
@@ -13,9 +12,7 @@ from infexport.nvml import Meter, device_of
 @pytest.fixture
 def fake(monkeypatch):
     fake = FakeNvml()
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(nvml, "installed", lambda module: module == "pynvml")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    install(monkeypatch, fake)
     return fake
 
 

@@ -36,7 +36,7 @@ def inspect(bundle: Path, provider: str | None, engine: str | None, as_json: boo
         out.data(line)
     document = opened.to_dict()
     if provider or engine:
-        with Opening(opened, provider or "engine", engine).runner() as runner:
+        with Opening(opened, provider or "engine", engine).runner(placed=True) as runner:
             placement = runner.placement
             out.data(f"runs on     {runner.provider}, {runner.version}, {runner.precision}")
         document["placement"] = placement

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infexport.manifest import Stage
+from infexport.stream.driver import StageRunner
 
 Placement = dict[str, Counter[str]]
 """Where nodes run → operator → number of nodes."""
@@ -45,7 +45,7 @@ class Deployed(Runner, Protocol):
 
     @property
     def placement(self) -> Placement:
-        """Where the nodes run, once entered."""
+        """Where the nodes run, once entered; on a CPU where it was opened to tell."""
         ...
 
     def takes(self, shape: Sequence[int]) -> bool:
@@ -59,27 +59,20 @@ def spread(placement: Placement) -> str:
     return ", ".join(counts) if len(counts) > 1 else ""
 
 
-class Stages(Protocol):
-    """What runs stages, as of `stream.driver.StageRunner`: a context manager, too.
+class Stages(StageRunner, Protocol):
+    """What runs stages: a context manager, too.
 
     Attributes:
-        provider, precision, version: as of `Deployed`.
-        max_rows: rows of patches in a strip of the image, at most; None for any.
+        provider, version: as of `Deployed`.
         identity: what decides an answer to the last bit, besides the bundle.
     """
 
     provider: str
-    precision: str
     version: str
     identity: dict[str, str]
-    max_rows: int | None
 
     def __enter__(self) -> Self: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-    def run(self, stage: Stage, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The stage's outputs by name."""
-        ...

@@ -80,15 +80,15 @@ class Opening:
         """Of what is run, where engines are used for all that they can."""
         return next(iter(self.engines.values())).precision if self.engines else self.bundle.manifest.precision
 
-    def runner(self) -> Deployed:
-        """Of the whole graph, not entered yet.
+    def runner(self, placed: bool = False) -> Deployed:
+        """Of the whole graph, not entered yet; `placed` as of `OrtRunner`.
 
         Raises:
             InfexportError: engines were asked for, and there is none of the whole graph.
         """
         if "whole" in self.engines or self.engines_alone:
             return EngineRunner(self.bundle, self.engines.get("whole") or choose(self.bundle, "whole", self._engine))
-        return OrtRunner(self.bundle, self._provider, self._threads)
+        return OrtRunner(self.bundle, self._provider, self._threads, placed)
 
     def stages(self) -> Stages:
         """Of the stages, not entered yet.

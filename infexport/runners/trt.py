@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from infexport.backends import BACKENDS, errors_in, log_of
 from infexport.bundle import ENGINES, Bundle
-from infexport.engines import EngineSet
+from infexport.engines import EngineSet, Kind, build_command
 from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.manifest import MODEL, Stage
@@ -73,8 +73,8 @@ class EngineSession:
 
     def _build(self) -> str:
         """The command that builds it for this GPU."""
-        stream = "" if self._facts["chunk"] is None else " --execution stream"
-        return f"infexport build-engine {self._bundle} --target local --precision {self._facts['precision']}{stream}"
+        kind: Kind = "whole" if self._facts["chunk"] is None else "stream"
+        return build_command(self._bundle, self._facts["precision"], kind)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """The engine's outputs by name.
@@ -113,14 +113,6 @@ def version_of(facts: Mapping[str, Any]) -> str:
     return f"{facts['backend']} {facts['backend_version']}"
 
 
-def takes(facts: Mapping[str, Any], shape: Sequence[int]) -> bool:
-    """Whether an engine of the whole graph was built for images of a shape `[B, H, W, 3]`."""
-    ((name, (low, _, high)),) = facts["profile"].items()
-    batch, height, width, channels = shape
-    given = list(shape) if name == "image" else [batch, channels, height, width]
-    return all(a <= n <= b for a, n, b in zip(low, given, high, strict=True))
-
-
 class EngineRunner:
     """Runs the engine of a bundle's whole graph.
 
@@ -153,7 +145,10 @@ class EngineRunner:
         return {self.provider: Counter({kind: sum(types.values()) for kind, types in layers.items()})}
 
     def takes(self, shape: Sequence[int]) -> bool:
-        return takes(self._facts, shape)
+        ((name, (low, _, high)),) = self._facts["profile"].items()
+        batch, height, width, channels = shape
+        given = list(shape) if name == "image" else [batch, channels, height, width]
+        return all(a <= n <= b for a, n, b in zip(low, given, high, strict=True))
 
     def run(self, images: NDArray[np.uint8]) -> Arrays:
         assert self._session is not None, "enter the runner before running it"

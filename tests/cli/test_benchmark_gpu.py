@@ -1,15 +1,14 @@
 """`benchmark` on a GPU that is not there: its clock, its counters and its runner are made up, the arithmetic is not."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_nvml import FakeNvml
+from fake_nvml import FakeNvml, install
 from PIL import Image
 
-from infexport import benchmark, benchmark_worker, gemm, nvml
+from infexport import benchmark, benchmark_worker, gemm
 from infexport.errors import InfexportError
 from infexport.runners import ort
 
@@ -71,9 +70,7 @@ class FakeGemm:
 def machine(monkeypatch):
     """The machine; `machine.runs_on(provider, precision)` says what `Opening` opens."""
     machine = Machine()
-    monkeypatch.setitem(sys.modules, "pynvml", machine)
-    monkeypatch.setattr(nvml, "installed", lambda module: module == "pynvml")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    install(monkeypatch, machine)
     monkeypatch.setattr(benchmark_worker, "time", machine)
     monkeypatch.setattr(benchmark_worker, "Gemm", FakeGemm)
     monkeypatch.setattr(FakeGemm, "made", [])

@@ -309,6 +309,31 @@ def test_a_gpu_s_memory_is_a_limit():
     check_whole(manifest, profile, target, weights=200 << 20, memory=80 << 30)
 
 
+def test_a_tile_is_as_large_as_the_operator_s():
+    """Building needs no torch, so that the number stands in two places."""
+    from infexport import profiles
+    from infsa_ops import common
+
+    assert profiles.TILE == common.TILE
+
+
+def test_blocks_of_pairs_are_larger_than_a_chunk():
+    """What a stage of Pure InfSA needs is told by its blocks of queries and keys."""
+    from types import SimpleNamespace
+
+    from infexport.errors import InfexportError
+    from infexport.profiles import check_stages, peak
+    from infexport.stream.driver import PAIR_CHUNKS
+    from infexport.targets import target_of
+
+    stages = [SimpleNamespace(graph="attend", over="pairs"), SimpleNamespace(graph="apply", over="tokens")]
+    manifest = SimpleNamespace(config=SIZES["infvit_pure_4l"].to_dict(), input="uint8", stages=stages)
+    needed = peak(manifest, 0, 1, PAIR_CHUNKS * 8192) + peak(manifest, 0, 1, 8192)
+    check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed)
+    with pytest.raises(InfexportError, match="--chunk 8192 is too large"):
+        check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed - 1)
+
+
 def test_a_bundle_without_stages(infexport, tmp_path):
     from support import GOLDEN
 

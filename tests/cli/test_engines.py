@@ -364,7 +364,7 @@ def test_no_driver(infexport, folder, pictures, monkeypatch):
 def test_no_such_engine(infexport, folder, gpu, pictures):
     result = infexport("run-engine", folder, pictures[0], "--engine", "a100-int8", exit_code=2)
     assert "no engine a100-int8 for NVIDIA A100" in result.stderr
-    assert "--target local --precision int8" in result.stderr
+    assert "--target local --precision int8 --calibrate IMAGES" in result.stderr
     arguments = ("run-engine", folder, pictures[0], "--engine", "a100-fp32", "--provider", "cpu")
     assert "leave one of the two out" in infexport(*arguments, exit_code=2).stderr
 

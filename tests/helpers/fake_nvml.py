@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
+
+from infexport import nvml
 
 
 class NVMLError(Exception):
     pass
+
+
+def install(monkeypatch, fake):
+    """Have `infexport.nvml` find it, and all of its GPUs."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(nvml, "installed", lambda module: module == "pynvml")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 class FakeNvml:

@@ -12,6 +12,17 @@ import onnx.inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from infvit.config import InfViTConfig
+
+TINY = {
+    family: InfViTConfig(
+        variant=variant, image_size=24, patch_size=8, depth=2, embed_dim=24, num_heads=3, mlp_dim=40, num_classes=5,
+        norm_eps=1e-6,
+    )
+    for family, variant in (("linear", "linear_infsa"), ("pure", "pure_infsa"), ("softmax", "softmax"))
+}  # fmt: skip
+"""Configs of the families that scripts/bench_peers.py measures."""
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 ZOO = Path(__file__).parent.parent.parent / "models" / "zoo"
 MODELS = sorted(case["file"] for case in json.loads((GOLDEN / "index.json").read_text()) if case["kind"] == "model")
