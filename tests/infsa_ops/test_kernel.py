@@ -6,6 +6,7 @@ operators would launch on such a card, down to the cubin, with no card there.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -234,6 +235,19 @@ def test_without_triton_torch_computes_and_says_so_once(monkeypatch):
         warnings.simplefilter("error")
         assert affinity_launch.sweeps_for(q, q) is affinity_launch.TILED
     affinity_launch._kernel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "operator"),
+    [
+        ("neumann_kernel", "_neumann_kernel"),
+        ("affinity_product", "affinity_product"),
+        ("affinity_squared_norm", "affinity_squared_norm"),
+    ],
+)
+def test_torch_is_told_what_runs_on_a_gpu(module, operator):
+    """Seen without one: CUDA has an implementation of its own, which the tests above run."""
+    assert "cuda" in getattr(importlib.import_module(f"infsa_ops.{module}.op"), operator)._backend_fns
 
 
 # Compiled for a card that isn't there
