@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,16 +55,16 @@ preprocessing. Data: scikit-learn's `load_digits` (UCI Optical Recognition of Ha
 """
 
 
-def enlarged(image: np.ndarray) -> np.ndarray:
-    """One of scikit-learn's digits, 8×8 with values 0 to 16, as 32×32 uint8."""
+def enlarged(image: np.ndarray, side: int) -> np.ndarray:
+    """One of scikit-learn's digits, 8×8 with values 0 to 16, as uint8 of another size."""
     levels = (image * 255 / 16).round().astype(np.uint8)
-    return np.asarray(Image.fromarray(levels).resize((32, 32), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC))
 
 
-def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images `[n, 32, 32, 3]` uint8 and labels `[n]`, then the held-out ones."""
+def digits(side: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training images `[n, side, side, 3]` uint8 and labels `[n]`, then the held-out ones."""
     data = load_digits()
-    images = np.stack([enlarged(image) for image in data.images])
+    images = np.stack([enlarged(image, side) for image in data.images])
     train, held_out, train_labels, held_out_labels = train_test_split(
         np.repeat(images[..., None], 3, axis=-1),
         data.target,
@@ -86,6 +88,29 @@ def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, offsets, strict=True)])
 
 
+def fit(
+    network: InfViT, recipe: dict[str, Any], steps: int, epoch: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+) -> float:
+    """Train by a recipe on `steps` batches, pixels `[B, 3, H, W]` and labels, that `epoch` gives; seconds it took."""
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=recipe["weight_decay"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["peak_learning_rate"], total_steps=steps)
+    started = time.perf_counter()
+    network.train()
+    for number in range(1, recipe["epochs"] + 1):
+        for pixels, labels in epoch():
+            loss = torch.nn.functional.cross_entropy(network(pixels), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), recipe["gradient_clip"])
+            optimizer.step()
+            schedule.step()
+        if number % 10 == 0:
+            seconds = time.perf_counter() - started
+            print(f"{network.config.variant} epoch {number}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
+    network.eval()
+    return time.perf_counter() - started
+
+
 def train(config: InfViTConfig) -> tuple[InfViT, float, float]:
     """The trained network, its accuracy on the held-out digits and the seconds it took."""
     torch.manual_seed(RECIPE["seed"])
@@ -93,29 +118,19 @@ def train(config: InfViTConfig) -> tuple[InfViT, float, float]:
     images, labels, held_out, held_out_labels = (torch.from_numpy(array) for array in digits())
     pixels = normalise(images)
     network = InfViT(config)
-    steps = RECIPE["epochs"] * -(-len(pixels) // RECIPE["batch_size"])
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=RECIPE["weight_decay"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["peak_learning_rate"], total_steps=steps)
-    started = time.perf_counter()
-    for epoch in range(RECIPE["epochs"]):
-        network.train()
+
+    def epoch() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in torch.randperm(len(pixels), generator=generator).split(RECIPE["batch_size"]):
-            loss = torch.nn.functional.cross_entropy(network(shifted(pixels[batch], generator)), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), RECIPE["gradient_clip"])
-            optimizer.step()
-            schedule.step()
-        if epoch % 10 == 9:
-            print(f"{config.variant} epoch {epoch + 1}: loss {loss.item():.4f}, {time.perf_counter() - started:.0f} s")
-    seconds = time.perf_counter() - started
-    network.eval()
+            yield shifted(pixels[batch], generator), labels[batch]
+
+    seconds = fit(network, RECIPE, RECIPE["epochs"] * -(-len(pixels) // RECIPE["batch_size"]), epoch)
     with torch.no_grad():
         predicted = network(normalise(held_out)).argmax(-1)
     return network, (predicted == held_out_labels).float().mean().item(), seconds
 
 
-def save(network: InfViT, accuracy: float, seconds: float, folder: Path) -> None:
+def write(network: InfViT, folder: Path, trained: dict[str, Any], card: str) -> None:
+    """A checkpoint with its config, how it was trained and its card."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in network.state_dict().items()}, folder / "model.safetensors")
     config = network.config.to_dict() | {
@@ -124,29 +139,32 @@ def save(network: InfViT, accuracy: float, seconds: float, folder: Path) -> None
         "mean": [MEAN] * 3,
         "std": [STD] * 3,
         "resize_mode": "exact",
-        "resize_size": 32,
-        "crop_size": 32,
+        "resize_size": network.config.image_size,
+        "crop_size": network.config.image_size,
         "interpolation": "bicubic",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(trained | {"torch": torch.__version__}, indent=2) + "\n")
+    (folder / "README.md").write_text(card)
+
+
+def save(network: InfViT, accuracy: float, seconds: float, folder: Path) -> None:
+    images = len(digits()[2])
     trained = RECIPE | {
         "held_out_accuracy": round(accuracy, 4),
-        "held_out_images": len(digits()[2]),
+        "held_out_images": images,
         "seconds_on_2_cores": round(seconds),
-        "torch": torch.__version__,
     }
-    (folder / "training.json").write_text(json.dumps(trained, indent=2) + "\n")
-    (folder / "README.md").write_text(
-        CARD.format(
-            name=folder.name,
-            variant=network.config.variant,
-            option=" --variant linear_infsa" if network.config.variant == "softmax" else "",
-            parameters=sum(parameter.numel() for parameter in network.parameters()),
-            accuracy=accuracy,
-            images=trained["held_out_images"],
-            seconds=seconds,
-        )
+    card = CARD.format(
+        name=folder.name,
+        variant=network.config.variant,
+        option=" --variant linear_infsa" if network.config.variant == "softmax" else "",
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        accuracy=accuracy,
+        images=images,
+        seconds=seconds,
     )
+    write(network, folder, trained, card)
 
 
 def save_samples(folder: Path, per_class: int = 2) -> None:

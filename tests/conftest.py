@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import fcntl
+import hashlib
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -32,18 +35,41 @@ def infexport() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(infexport: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The bundle of a golden model, converted once for all tests, which must not change it."""
-    bundles: dict[str, Path] = {}
+def bundle_of(
+    infexport: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[..., Path]:
+    """The bundle of a checkpoint, and options: converted once for all tests of all processes, which must not change it.
 
-    def get(name: str) -> Path:
-        if name not in bundles:
-            bundles[name] = tmp_path_factory.mktemp("bundles") / name
-            config = GOLDEN / f"{name}.json"
-            infexport("convert", "checkpoint", GOLDEN / f"{name}.safetensors", "--config", config, "-o", bundles[name])
-        return bundles[name]
+    Converting is most of what the tests take.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "bundles"
+    folder.mkdir(exist_ok=True)
+
+    def get(checkpoint: Path, *options: Any) -> Path:
+        told = "\0".join(map(str, (checkpoint, *options)))
+        bundle = folder / hashlib.sha256(told.encode()).hexdigest()[:16]
+        with bundle.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not bundle.exists():
+                infexport("convert", "checkpoint", checkpoint, "-o", bundle, *options)
+        return bundle
 
     return get
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(bundle_of: Callable[..., Path]) -> Callable[..., Path]:
+    """The bundle of a golden model, and options, as of `bundle_of`."""
+    return lambda name, *options: bundle_of(
+        GOLDEN / f"{name}.safetensors", "--config", GOLDEN / f"{name}.json", *options
+    )
+
+
+@pytest.fixture(scope="session")
+def zoo_bundle(bundle_of: Callable[..., Path]) -> Callable[..., Path]:
+    """The bundle of a model of the zoo, and options, as of `bundle_of`."""
+    return lambda name, *options: bundle_of(ZOO / name, *options)
 
 
 @pytest.fixture(scope="session")
@@ -60,13 +86,21 @@ def golden_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
     return get
 
 
+def script(name: str) -> ModuleType:
+    """A script of the project as a module, as it is to another one beside it."""
+    folder = str(ZOO.parent.parent / "scripts")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
+
 @pytest.fixture(scope="session")
 def train_digits() -> ModuleType:
-    """The script that trained the zoo, as a module."""
-    script = ZOO.parent.parent / "scripts" / "train_digits.py"
-    spec = importlib.util.spec_from_file_location("train_digits", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The script that trained the zoo's first models."""
+    return script("train_digits")
+
+
+@pytest.fixture(scope="session")
+def train_canvases() -> ModuleType:
+    """The script that trained those that have something to find."""
+    return script("train_canvases")
