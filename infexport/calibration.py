@@ -16,7 +16,7 @@ from infexport.images import read_image
 from infexport.passes import Inputs, weight_key
 from infexport.passes.edit import Editor
 from infexport.passes.products import find_products
-from infexport.runners.ort import import_onnxruntime
+from infexport.runners.ort import session_of
 from infexport.transform import fit, normalise, transform_of
 
 
@@ -56,7 +56,7 @@ def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:
     products = [product for product in find_products(model.graph) if product.largest is None]
     keys = [weight_key(product) for product in products]
     measures = {x: _measures(model.graph, x) for x in dict.fromkeys(product.x for product in products)}
-    session = _session(model, graph.parent)
+    session = session_of(ir.to_proto(model).SerializeToString(), graph.parent)
     found = {key: _Met() for key in keys}
     for batch in images:
         values = session.run(
@@ -91,13 +91,3 @@ def _measures(graph: ir.Graph, x: ir.Value) -> list[str]:
         attributes = {} if op_type == "Shape" else {"keepdims": 0}
         graph.outputs.append(edit.add(op_type, inputs, ir.val(f"{x.name}_{op_type}", dtype), attributes))
     return [str(output.name) for output in graph.outputs[-4:]]
-
-
-def _session(model: ir.Model, weights: Path) -> Any:
-    """A session of a model whose external data lies in `weights`."""
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    graph = ir.to_proto(model).SerializeToString()
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

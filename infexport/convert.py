@@ -17,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch.export import Dim
 
+from infexport.activations import CENTRALITY, add_centrality, name_operators, tokens_names, with_outputs
 from infexport.bundle import Bundle, create_bundle, open_bundle, seal, sha256
 from infexport.calibration import batches, calibrate
 from infexport.errors import InfexportError
 from infexport.graph import MAX_GRID, export_model
 from infexport.image_model import ImageModel
-from infexport.manifest import LABELS, MODEL, Manifest, Stage
+from infexport.manifest import CENTRALITY_MODEL, LABELS, MODEL, Manifest, Stage
 from infexport.passes import Inputs, lower
-from infexport.stages import export_stages, save_stages
+from infexport.stages import export_stages, save_beside, save_stages
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
@@ -34,6 +35,7 @@ from infvit.network import InfViT
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+OUTPUTS = ("logits", "features")
 MAX_TERMS = 1000
 """Of the Neumann series: each is a sweep over all pairs of tokens, and unrolled in the graph."""
 
@@ -145,15 +147,21 @@ def convert(
 def _write_whole(
     model: ImageModel, file: Path, precision: str, images: Iterator[NDArray[Any]] | None
 ) -> dict[str, Inputs] | None:
-    """Export, lower and save the whole graph; what its products met, where images tell."""
+    """Export, lower and save the whole graph, and beside it the one that also gives centrality; what its products met,
+    where images tell.
+    """
     graph, met = _export(model), None
     if images is not None:
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            _save(graph, Path(scratch) / file.name)
+            _save(with_outputs(graph, OUTPUTS), Path(scratch) / file.name)
             met = calibrate(Path(scratch) / file.name, images)
+    config = model.network.config
+    name_operators(graph.graph, config.variant)
+    add_centrality(graph, config.neumann_terms, [attention.rho for attention in model.network.attentions])
     lower(graph, precision, met)
-    _save(graph, file)
+    _save(with_outputs(graph, OUTPUTS), file)
     onnx.checker.check_model(file, full_check=True)
+    save_beside(with_outputs(graph, [*OUTPUTS, CENTRALITY]), CENTRALITY_MODEL, file)
     return met
 
 
@@ -248,7 +256,9 @@ def _export(model: ImageModel) -> ir.Model:
     else:
         example = torch.zeros(2, 3, 3 * patch, 5 * patch)
         shapes = {0: Dim("batch"), 2: height, 3: width}
-    return export_model(model, (example,), (shapes,), [model.input_name], ["logits", "features"])
+    names = [*OUTPUTS, *tokens_names(model.network.config.depth)]
+    with model.observing():
+        return export_model(model, (example,), (shapes,), [model.input_name], names)
 
 
 def _save(graph: ir.Model, file: Path) -> None:

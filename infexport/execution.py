@@ -10,6 +10,7 @@ from typing import Literal
 from infexport import memory
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
+from infexport.machine import available_memory
 from infexport.stream import CHUNK
 
 Execution = Literal["auto", "whole", "stream"]
@@ -30,6 +31,7 @@ class Policy:
         chunk: tokens at a time; None for what suits what runs them.
         half: keep tokens in float16.
         batch: images at once, where they are run whole.
+        centrality: of tokens is asked for.
     """
 
     execution: Execution
@@ -38,6 +40,7 @@ class Policy:
     chunk: int | None
     half: bool
     batch: int = 1
+    centrality: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Image:
     loaded: int = 0
 
 
+def usual_memory() -> int:
+    """Bytes that a process may take where the user does not say: 80% of what is free now."""
+    return int(0.8 * available_memory())
+
+
 def estimates(bundle: Bundle, policy: Policy, image: Image) -> dict[Way, int]:
     """Peak resident bytes of every way that the bundle has."""
     manifest = bundle.manifest
@@ -62,7 +70,13 @@ def estimates(bundle: Bundle, policy: Policy, image: Image) -> dict[Way, int]:
     if manifest.stages is not None:
         for way in ("memory", "disk"):
             found[way] = image.loaded + memory.streamed(
-                manifest, image.tokens, image.width, policy.chunk or CHUNK, policy.half, way == "disk"
+                manifest,
+                image.tokens,
+                image.width,
+                policy.chunk or CHUNK,
+                policy.half,
+                way == "disk",
+                policy.centrality,
             )
     return found
 

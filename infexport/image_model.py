@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +64,29 @@ class ImageModel(nn.Module):
         folded = fold and takes == "uint8"
         self.normalise = Normalise(mean, std, takes, folded, network.head.weight.dtype)
         self.network = fold_normalisation(network, mean, std) if folded else network
+        self._taken: list[Tensor] = []
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """In here `forward` gives what every layer takes, too, `[B, N, E]` each, after logits and features."""
+
+        def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._taken.append(inputs[0])
+
+        hooks = [layer.register_forward_pre_hook(take) for layer in self.network.encoder.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._taken.clear()
 
     @property
     def input_name(self) -> str:
         return "image" if self.takes == "uint8" else "pixels"
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Logits `[B, num_classes]` and features `[B, E]`."""
+        self._taken.clear()
         features = self.network.forward_features(self.normalise(image))
-        return self.network.head(features), features
+        return self.network.head(features), features, *self._taken

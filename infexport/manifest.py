@@ -13,6 +13,8 @@ from infexport.errors import InfexportError
 
 FILE = "infexport.json"
 MODEL = "model.onnx"
+CENTRALITY_MODEL = "centrality.onnx"
+"""The whole graph with the output `centrality`; its weights are those of MODEL."""
 LABELS = "labels.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 FORMAT = 1
@@ -27,12 +29,14 @@ class Stage:
         graph: the file.
         over: what it is called for, as of `infvit.sweeps.Sweep`.
         inputs, outputs: names, as the graph has them.
+        optional: run only where the centrality of tokens is asked for.
     """
 
     graph: str
     over: str
     inputs: list[str]
     outputs: list[str]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,10 @@ def _stage(value: Any) -> bool:
         return isinstance(value[field], list) and all(isinstance(name, str) for name in value[field])
 
     known = {field.name for field in dataclasses.fields(Stage)}
-    if not isinstance(value, dict) or value.keys() != known:
+    if not isinstance(value, dict) or value.keys() | {"optional"} != known:
         return False
-    return isinstance(value["graph"], str) and isinstance(value["over"], str) and names("inputs") and names("outputs")
+    texts = isinstance(value["graph"], str) and isinstance(value["over"], str)
+    return texts and names("inputs") and names("outputs") and isinstance(value.get("optional", False), bool)
 
 
 _INTEGERS = ("image_size", "patch_size", "depth", "embed_dim", "num_heads", "mlp_dim", "num_classes", "neumann_terms")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from infexport.centrality import MOST_NUMBERS
 from infexport.manifest import Manifest
-from infexport.stream.driver import PAIR_CHUNKS, layout_of
+from infexport.stream.driver import CENTRALITY, PAIR_CHUNKS, layout_of, stages_of
 from infexport.stream.stores import dtype_of
 
 PROCESS = 105_000_000
@@ -41,7 +42,9 @@ def whole(manifest: Manifest, weights: int, tokens: int, batch: int = 1) -> int:
     return PROCESS + weights + batch * tokens * _activations(manifest)
 
 
-def streamed(manifest: Manifest, tokens: int, width: int, chunk: int, half: bool, on_disk: bool) -> int:
+def streamed(
+    manifest: Manifest, tokens: int, width: int, chunk: int, half: bool, on_disk: bool, centrality: bool = False
+) -> int:
     """Of a streamed run.
 
     Args:
@@ -51,9 +54,11 @@ def streamed(manifest: Manifest, tokens: int, width: int, chunk: int, half: bool
         chunk: tokens at a time.
         half: tokens are kept in float16.
         on_disk: tokens are kept in a scratch file, not in memory.
+        centrality: of the tokens is asked for.
     """
-    config, stages = manifest.config, manifest.stages
-    assert stages is not None, "the caller checks that there are stages"
+    config = manifest.config
+    assert manifest.stages is not None, "the caller checks that there are stages"
+    stages = stages_of(manifest.stages, centrality)
     chunk, embed = min(chunk, tokens), config["embed_dim"]
     # of the largest stage, `apply`: output projection, MLP, and what the next layer gathers
     projections = 3 if config["variant"] == "linear_infsa" else 4
@@ -66,8 +71,17 @@ def streamed(manifest: Manifest, tokens: int, width: int, chunk: int, half: bool
         passing += min(PAIR_CHUNKS * chunk, tokens) * embed * F32 * (11 if on_disk else 8)
     rows = max(config["patch_size"], chunk * config["patch_size"] ** 2 // width)
     strips = 3 * width * (4 * rows + TILE_ROWS)
-    kept = 0
-    if not on_disk:
-        for name, spare in layout_of(stages, tokens, chunk, resumable=False).spare.items():
-            kept += (tokens + spare) * embed * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
-    return PROCESS + weights + passing + strips + kept
+    maps = F32 * min(tokens * config["depth"] * config["num_heads"], MOST_NUMBERS) * centrality
+    stored = 0 if on_disk else kept(manifest, tokens, chunk, half, False, centrality)
+    return PROCESS + weights + passing + strips + stored + 2 * maps
+
+
+def kept(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool, centrality: bool = False) -> int:
+    """Of the tokens of a streamed run, wherever they are kept; the arguments are those of `streamed`."""
+    config = manifest.config
+    assert manifest.stages is not None, "the caller checks that there are stages"
+    stages, total = stages_of(manifest.stages, centrality), 0
+    for name, spare in layout_of(stages, tokens, chunk, on_disk, centrality).spare.items():
+        columns = config["num_heads" if name == CENTRALITY else "embed_dim"]
+        total += (tokens + spare) * columns * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
+    return total

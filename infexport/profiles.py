@@ -10,7 +10,7 @@ from typing import TypeVar
 from infexport.errors import InfexportError
 from infexport.execution import size_text
 from infexport.manifest import Manifest, Stage
-from infexport.stream.driver import BY_TOKEN, PAIR_CHUNKS
+from infexport.stream.driver import BY_TOKEN, CENTRALITY, PAIR_CHUNKS
 from infexport.targets import Target
 
 Shapes = dict[str, list[list[int]]]
@@ -221,5 +221,6 @@ def stage_shapes(manifest: Manifest, stage: Stage, chunk: int) -> Shapes:
             shapes[name] = [[1, *side, 3] if last else [1, 3, *side] for side in sides]
         elif name in BY_TOKEN and stage.over in ("tokens", "pairs"):
             most = chunk * (PAIR_CHUNKS if stage.over == "pairs" else 1)
-            shapes[name] = [[1, 1, width], [1, most, width], [1, most, width]]
+            columns = manifest.config["num_heads"] if name == CENTRALITY else width
+            shapes[name] = [[1, 1, columns], [1, most, columns], [1, most, columns]]
     return shapes

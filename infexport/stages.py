@@ -64,7 +64,7 @@ def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
         # what is the same again has one graph; without weights, all layers have
         namesake = cut.index(sweep) if tensors else first[kind]
         file = f"stream-{namesake:02}-{type(sweep).__name__.lower()}.onnx"
-        stage = Stage(file, sweep.over, list(sweep.inputs), list(sweep.outputs))
+        stage = Stage(file, sweep.over, list(sweep.inputs), list(sweep.outputs), sweep.optional)
         if namesake != index:
             yield stage, None
             continue
@@ -89,6 +89,11 @@ def save_stages(stages: Iterable[tuple[Stage, ir.Model | None]], whole: Path) ->
             _save(graph, shared, whole.with_name(stage.graph))
         written.append(stage)
     return written
+
+
+def save_beside(graph: ir.Model, name: str, whole: Path) -> None:
+    """Write one graph beside the whole graph, as `save_stages` does."""
+    _save(graph, _external(whole), whole.with_name(name))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -140,7 +145,9 @@ def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor,
             return torch.zeros(1, heads, config.head_dim if isinstance(sweep, Score) else width), {}
         if name == "query" or sweep.over == "class_token":
             return torch.zeros(1, 1, width), {}
-        if sweep.over == "pairs" and name != "q":
+        if name == "centrality":
+            return torch.zeros(1, 5, heads), {1: keys}
+        if sweep.over == "pairs" and name != sweep.inputs[0]:
             return torch.zeros(1, 5, width), {1: keys}
         return torch.zeros(1, 7, width), {1: chunk}
 

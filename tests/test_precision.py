@@ -134,6 +134,7 @@ def test_stages_have_the_products_of_the_whole(config, convert):
         for file in bundle.glob("*.onnx")
     }
     whole = found.pop("model.onnx")
+    assert set(found.pop("centrality.onnx")) == set(whole)
     assert found["stream-00-start.onnx"]  # of the class token, by weights that meet every other token, too
     stages = {key for keys in found.values() for key in keys}
     assert stages <= set(whole)
@@ -535,11 +536,18 @@ def on_the_edge(network: InfViT, pixels: torch.Tensor) -> torch.Tensor:
     [(["fp16"], 2e-3, 1e-3), (["int8"], 3e-2, 1e-2), (["int8", "--calibrate"], 1e-2, 1e-2)],
     ids=["fp16", "dynamic", "calibrated"],
 )
-def test_held_out_digits(name, options, limit, typical, infexport, digits, train_digits, tmp_path):
+def test_held_out_digits(name, options, limit, typical, infexport, zoo_bundle, digits, train_digits, tmp_path):
     train, held_out, pixels = digits
     calibrate = [train] if "--calibrate" in options else []
-    infexport("convert", "checkpoint", ZOO / name, "--precision", *options, *calibrate, "-o", tmp_path / "b")
-    infexport("run-engine", tmp_path / "b", held_out, "-o", tmp_path / "o.npz", "--batch-size", 50)
+    infexport(
+        "run-engine",
+        zoo_bundle(name, "--precision", *options, *calibrate),
+        held_out,
+        "-o",
+        tmp_path / "o.npz",
+        "--batch-size",
+        50,
+    )
     logits = np.load(tmp_path / "o.npz")["logits"]
     network = build_network(load_checkpoint(ZOO / name)).double().eval()
     with torch.no_grad():
@@ -555,12 +563,11 @@ def test_held_out_digits(name, options, limit, typical, infexport, digits, train
 
 
 @pytest.mark.parametrize("name", ["digits-linear", "digits-pure"])
-def test_held_out_digits_in_signed_int8(name, infexport, digits, train_digits, tmp_path):
+def test_held_out_digits_in_signed_int8(name, zoo_bundle, digits, train_digits):
     """For TensorRT; run here by ONNX Runtime."""
     train, _, pixels = digits
-    infexport("convert", "checkpoint", ZOO / name, "-o", tmp_path / "b")
     calibration = [np.asarray(Image.open(file))[None] for file in sorted(train.iterdir())]
-    file = tmp_path / "b" / "model.onnx"
+    file = zoo_bundle(name) / "model.onnx"
     logits = run(loaded(file, "int8", calibrate(file, calibration), tensorrt=True), pixels.numpy())
     network = build_network(load_checkpoint(ZOO / name)).double().eval()
     with torch.no_grad():
@@ -630,15 +637,14 @@ def test_options_that_do_not_fit(infexport, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_bundle_says_how_it_computes(infexport, tmp_path):
+def test_a_bundle_says_how_it_computes(infexport, zoo_bundle):
     pictures = ZOO / "digits-held-out"
     for options, told in (
         (["int8"], "int8, ranges of activations found at run time"),
         (["int8", "--calibrate", pictures], "int8, ranges of activations fixed by 20 images"),
         (["fp16"], "fp16, folded"),
     ):
-        bundle = tmp_path / "-".join(map(str, options[:2]))
-        infexport("convert", "checkpoint", ZOO / "digits-linear", "--precision", *options, "-o", bundle)
+        bundle = zoo_bundle("digits-linear", "--precision", *options)
         assert told in infexport("inspect", bundle).stdout
         facts = json.loads(infexport("inspect", bundle, "--json").stdout)
         assert facts["precision"] == options[0]

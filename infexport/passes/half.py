@@ -97,7 +97,7 @@ class _Half:
         for value in self._graph.inputs:
             if value.name in ROWS:
                 readers = list(value.uses())
-                value.dtype = self._dtype
+                value.type = ir.TensorType(self._dtype)  # not its dtype alone: copies of a graph share types
                 wide = self._wide(value)
                 for reader, index in readers:
                     reader.replace_input_with(index, wide)

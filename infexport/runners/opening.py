@@ -7,8 +7,9 @@ from functools import cached_property
 from infexport.bundle import ENGINES, Bundle
 from infexport.engines import EngineSet, Kind, choose
 from infexport.errors import InfexportError
+from infexport.manifest import CENTRALITY_MODEL
 from infexport.runners import Deployed, Stages
-from infexport.runners.ort import OrtRunner, OrtStages
+from infexport.runners.ort import OrtRunner, OrtStages, candidates, import_onnxruntime
 from infexport.runners.trt import EngineRunner, EngineStages
 from infexport.targets import local_gpu
 
@@ -22,15 +23,21 @@ class Opening:
             that is one set of them, else, and for what these do not take, ONNX Runtime on a GPU, or on the CPU.
         engine: name of a set of engines, `<target>-<precision>`; None for the one that fits.
         threads: of ONNX Runtime.
+        centrality: of tokens is asked for. The engines of stages give it; of the whole graph ONNX Runtime does.
 
     Attributes:
         notes: what a user would like to know of the choice, once `engines` is known.
     """
 
     def __init__(
-        self, bundle: Bundle, provider: str = "auto", engine: str | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        provider: str = "auto",
+        engine: str | None = None,
+        threads: int | None = None,
+        centrality: bool = False,
     ) -> None:
-        self.bundle, self._threads, self._engine = bundle, threads, engine
+        self.bundle, self.threads, self._engine, self._centrality = bundle, threads, engine, centrality
         self.notes: list[str] = []
         self._provider = "engine" if engine is not None and provider == "auto" else provider
         if engine is not None and self._provider != "engine":
@@ -55,7 +62,7 @@ class Opening:
         if gpu is None and self._provider == "auto":
             return found
         refused: list[InfexportError] = []
-        for kind in KINDS:
+        for kind in KINDS[self._centrality :]:
             try:
                 engines = choose(self.bundle, kind, self._engine, gpu)
             except InfexportError as error:
@@ -76,6 +83,11 @@ class Opening:
         return self._provider == "engine"
 
     @property
+    def seeks_gpu(self) -> bool:
+        """Whether ONNX Runtime is to look for a GPU; a package for GPUs may be where none is: only a session knows."""
+        return candidates(self._provider, import_onnxruntime().get_available_providers())[0] != "cpu"
+
+    @property
     def precision(self) -> str:
         """Of what is run, where engines are used for all that they can."""
         return next(iter(self.engines.values())).precision if self.engines else self.bundle.manifest.precision
@@ -84,11 +96,28 @@ class Opening:
         """Of the whole graph, not entered yet; `placed` as of `OrtRunner`.
 
         Raises:
-            InfexportError: engines were asked for, and there is none of the whole graph.
+            InfexportError: engines were asked for, and there is none of the whole graph; or none that gives centrality.
         """
+        if self._centrality:
+            if self.engines_alone:
+                raise InfexportError(
+                    "an engine of the whole graph gives no centrality",
+                    "its outputs are logits and features",
+                    "stream through engines of stages (--execution stream), or leave out --engine or --provider engine",
+                )
+            self._check_centrality()
+            return OrtRunner(self.bundle, self._provider, self.threads, placed, centrality=True)
         if "whole" in self.engines or self.engines_alone:
             return EngineRunner(self.bundle, self.engines.get("whole") or choose(self.bundle, "whole", self._engine))
-        return OrtRunner(self.bundle, self._provider, self._threads, placed)
+        return OrtRunner(self.bundle, self._provider, self.threads, placed)
+
+    def _check_centrality(self) -> None:
+        if CENTRALITY_MODEL not in self.bundle.manifest.files:
+            raise InfexportError(
+                "this bundle does not give centrality",
+                "it was converted by an earlier infexport",
+                "convert the checkpoint again",
+            )
 
     def stages(self) -> Stages:
         """Of the stages, not entered yet.
@@ -96,9 +125,11 @@ class Opening:
         Raises:
             InfexportError: engines were asked for, and there are none of the stages.
         """
+        if self._centrality:
+            self._check_centrality()
         if "stream" in self.engines or self.engines_alone:
             return EngineStages(self.bundle, self.engines.get("stream") or choose(self.bundle, "stream", self._engine))
-        return OrtStages(self.bundle, self._provider, self._threads)
+        return OrtStages(self.bundle, self._provider, self.threads)
 
 
 KINDS: tuple[Kind, Kind] = ("whole", "stream")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.extras import require
-from infexport.manifest import Stage
+from infexport.manifest import CENTRALITY_MODEL, Stage
 from infexport.runners import Placement
 from infexport.transform import normalise
 
@@ -32,6 +33,15 @@ RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 CPUINFO = Path("/proc/cpuinfo")
 
 
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph: its name, dtype as NumPy calls it, and shape; a dynamic axis has a name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str | None]
+
+
 class OrtRunner:
     """Runs a bundle's `model.onnx` on an execution provider.
 
@@ -43,12 +53,19 @@ class OrtRunner:
             `provider` says which, once entered.
         threads: of one operator; None leaves it to ONNX Runtime (all cores).
         placed: `placement` is read on a CPU, too.
+        centrality: `run` gives it, too, `centrality [B, layers, H, N]`.
     """
 
     def __init__(
-        self, bundle: Bundle, provider: str = "auto", threads: int | None = None, placed: bool = False
+        self,
+        bundle: Bundle,
+        provider: str = "auto",
+        threads: int | None = None,
+        placed: bool = False,
+        centrality: bool = False,
     ) -> None:
         self.bundle = bundle
+        self._graph = bundle.path / CENTRALITY_MODEL if centrality else bundle.model
         self.provider, self.precision = provider, bundle.manifest.precision
         self.version = f"onnxruntime {import_onnxruntime().__version__}"
         self.threads, self._placed = threads, placed
@@ -62,8 +79,14 @@ class OrtRunner:
         """Where the nodes run, once entered."""
         return placement_of(self._session)
 
+    @property
+    def ports(self) -> tuple[list[Port], list[Port]]:
+        """Inputs and outputs of the graph, once entered."""
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        return [_port(value) for value in inputs], [_port(value) for value in outputs]
+
     def __enter__(self) -> Self:
-        self._session, self.provider = open_session(self.bundle.model, self.provider, self.threads, self._placed)
+        self._session, self.provider = open_session(self._graph, self.provider, self.threads, self._placed)
         return self
 
     def __exit__(
@@ -171,23 +194,48 @@ def open_session(graph: Path, provider: str, threads: int | None, placed: bool =
     )
 
 
+def session_of(model: bytes, weights: Path, provider: str = "cpu", threads: int | None = None) -> Any:
+    """A session of a model in memory, whose external data lies in the folder `weights`.
+
+    Args:
+        model: an ONNX model.
+        weights: the folder.
+        provider: `cpu`, `cuda` or `tensorrt`.
+        threads: as of `OrtRunner`.
+
+    Raises:
+        InfexportError: ONNX Runtime cannot load it.
+    """
+    options = _options(threads)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    try:
+        return import_onnxruntime().InferenceSession(model, options, providers=[with_options(provider)])
+    except Exception as error:  # as of `_start`
+        raise InfexportError(f"ONNX Runtime cannot load a graph of {weights}", str(error)) from error
+
+
 def with_options(provider: str) -> str | tuple[str, dict[str, str]]:
     """A key of PROVIDERS as a session takes it."""
     # by default float32 products are rounded to TF32, 10 bits, on a GPU
     return (PROVIDERS[provider], {"use_tf32": "0"}) if provider == "cuda" else PROVIDERS[provider]
 
 
-def _start(graph: Path, provider: str, threads: int | None, placed: bool) -> Any:
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
+def _options(threads: int | None) -> Any:
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3
-    if placed:  # 13 ms: 8% of the time that a graph takes to load, more than half of a stage's
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not _has_int8_products():
         # there the uint8 by int8 kernels of x86 saturate: take the exact ones, at half the speed
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    return options
+
+
+def _start(graph: Path, provider: str, threads: int | None, placed: bool) -> Any:
+    onnxruntime = import_onnxruntime()
+    options = _options(threads)
+    if placed:  # 13 ms: 8% of the time that a graph takes to load, more than half of a stage's
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers: list[str | tuple[str, dict[str, str]]] | None = [with_options(provider)]
     if provider == "tensorrt-rtx":
         options.add_provider_for_devices(_rtx_devices(onnxruntime), {})
@@ -239,6 +287,11 @@ def placement_of(session: Any) -> Placement:
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in part.get_nodes()
         )
     return found
+
+
+def _port(value: Any) -> Port:
+    dtype = value.type.removeprefix("tensor(").removesuffix(")")
+    return Port(value.name, {"float": "float32", "double": "float64"}.get(dtype, dtype), list(value.shape))
 
 
 def remarks(precision: str, provider: str) -> list[str]:

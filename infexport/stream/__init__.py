@@ -6,7 +6,20 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from infexport.bundle import Bundle
-from infexport.stream.driver import Array, Driver, Position, Progress, StageRunner, Tokens, layout_of
+from infexport.centrality import Centrality
+from infexport.stream.driver import (
+    CENTRALITY,
+    Array,
+    Driver,
+    Observer,
+    Position,
+    Progress,
+    StageRunner,
+    Tokens,
+    layout_of,
+    stages_of,
+)
+from infexport.stream.maps import Maps
 from infexport.stream.scratch import Scratch
 from infexport.stream.source import Source
 from infexport.stream.stores import FileStore, HalfStore, MemoryStore, Store, dtype_of
@@ -23,11 +36,13 @@ class Streamed:
         logits: `[classes]`.
         features: `[E]`.
         rounding: relative error of one rounding of the tokens to float16; 0 where they were kept in float32.
+        centrality: of the tokens, where it was asked for.
     """
 
     logits: Array
     features: Array
     rounding: float
+    centrality: Centrality | None = None
 
 
 def stream(
@@ -38,6 +53,8 @@ def stream(
     chunk: int = CHUNK,
     half: bool = False,
     progress: Progress = lambda stage, done, total: None,
+    centrality: bool = False,
+    observe: Observer = lambda stage, tokens, sums: None,
 ) -> Streamed:
     """Run one image, chunk by chunk.
 
@@ -49,19 +66,22 @@ def stream(
             them in memory.
         chunk: tokens at a time.
         half: keep them in float16.
-        progress: told of every chunk.
+        progress: told of every chunk; stages are counted as `driver.stages_of` gives them.
+        centrality: of the tokens, too: for Pure InfSA, as much work again as its attention.
+        observe: as of `Driver`, where centrality is not asked for.
 
     Raises:
         InfexportError: no room for the tokens, a damaged image, or a stage that fails.
     """
-    stages, precision = bundle.manifest.stages, runner.precision
-    assert stages is not None, "the caller checks that there are stages"
-    width = bundle.manifest.config["embed_dim"]
+    assert bundle.manifest.stages is not None, "the caller checks that there are stages"
+    stages, precision = stages_of(bundle.manifest.stages, centrality), runner.precision
+    config = bundle.manifest.config
     position = Position() if scratch is None or scratch.position is None else scratch.position
     halves: list[HalfStore] = []
 
     def make(name: str, rows: int) -> Store:
         dtype = dtype_of(name, precision, half)
+        width = config["num_heads" if name == CENTRALITY else "embed_dim"]
         store: Store
         if scratch is None:
             store = MemoryStore(rows, width, dtype)
@@ -73,10 +93,12 @@ def stream(
         halves[-1].squares = position.squares.setdefault(name, halves[-1].squares)
         return halves[-1]
 
-    layout = layout_of(stages, source.tokens, chunk, resumable=scratch is not None)
+    maps = Maps(stages, config, source.grid, None if scratch is None else scratch.folder) if centrality else None
+    layout = layout_of(stages, source.tokens, chunk, scratch is not None, centrality)
     with closing(Tokens(layout, make)) as tokens:
         record = None if scratch is None else scratch.record
-        driver = Driver(stages, runner, source, tokens, chunk, progress, record)
+        driver = Driver(stages, runner, source, tokens, chunk, progress, record, maps or observe)
         outputs = driver.run(position)
     rounding = max((store.relative_error for store in halves), default=0.0)
-    return Streamed(outputs["logits"][0], outputs["features"][0], rounding)
+    found = None if maps is None else maps.result()
+    return Streamed(outputs["logits"][0], outputs["features"][0], rounding, found)

@@ -20,7 +20,8 @@ from infexport.stream.stores import Ring, Rows, Store
 Array = NDArray[Any]
 Sums = dict[str, NDArray[np.float64]]
 
-BY_TOKEN = ("tokens", "q", "k", "v", "mixed")
+CENTRALITY = "centrality"
+BY_TOKEN = ("tokens", "q", "k", "v", "mixed", CENTRALITY)
 """What is kept, a row a token; what else the stages exchange are sums."""
 PAIR_CHUNKS = 4
 """Chunks in a block of queries or keys: a block of keys is read for every block of queries."""
@@ -84,7 +85,12 @@ class Layout:
     generations: list[dict[str, int]]
 
 
-def layout_of(stages: Sequence[Stage], rows: int, chunk: int, resumable: bool) -> Layout:
+def stages_of(stages: Sequence[Stage], centrality: bool) -> list[Stage]:
+    """Those that are run, where the centrality of tokens is asked for or not."""
+    return [stage for stage in stages if centrality or not stage.optional]
+
+
+def layout_of(stages: Sequence[Stage], rows: int, chunk: int, resumable: bool, centrality: bool = False) -> Layout:
     """What has to be kept for an image of `rows` tokens."""
     spare: dict[str, int] = {}
     generations: list[dict[str, int]] = []
@@ -92,7 +98,7 @@ def layout_of(stages: Sequence[Stage], rows: int, chunk: int, resumable: bool) -
     for stage in stages:
         generations.append(dict(written))
         for name in stage.outputs:
-            if name not in BY_TOKEN:
+            if name not in BY_TOKEN or (name == CENTRALITY and not centrality):
                 continue
             needed = 0
             if name in stage.inputs:
@@ -128,11 +134,18 @@ class Tokens:
         return rows[None]
 
     def write(self, stage: int, name: str, start: int, values: Rows) -> None:
-        self._rings[name].write(start, values, self.layout.generations[stage].get(name, 0))
+        if name in self._rings:
+            self._rings[name].write(start, values, self.layout.generations[stage].get(name, 0))
 
     def close(self) -> None:
         for ring in self._rings.values():
             ring.store.close()
+
+
+class Observer(Protocol):
+    def __call__(self, stage: int, tokens: Tokens, sums: Mapping[str, Array]) -> None:
+        """A stage is done: `tokens` can be read as they are before the stage after it, and `sums` are its own."""
+        ...
 
 
 class Driver:
@@ -146,6 +159,7 @@ class Driver:
         chunk: tokens at a time.
         progress: told of every chunk.
         record: given the position, often enough; None where the run cannot be resumed.
+        observe: told of every stage but the last.
     """
 
     def __init__(
@@ -157,9 +171,10 @@ class Driver:
         chunk: int,
         progress: Progress = lambda stage, done, total: None,
         record: Callable[[Position], None] | None = None,
+        observe: Observer = lambda stage, tokens, sums: None,
     ) -> None:
         self.stages, self.runner, self.source, self.tokens = stages, runner, source, tokens
-        self.chunk, self.progress, self.record = chunk, progress, record
+        self.chunk, self.progress, self.record, self.observe = chunk, progress, record, observe
         self.rows = tokens.layout.rows
 
     def run(self, position: Position | None = None) -> dict[str, Array]:
@@ -182,6 +197,8 @@ class Driver:
                 if self.record is not None and late and done < total:
                     self.record(position)
                     recorded, chunks = time.monotonic(), 0
+            if index + 1 < len(self.stages):
+                self.observe(index, self.tokens, position.added)
             # the image goes on with the sums that the class token began
             begun = position.added if stage.over == "nothing" else {}
             position = Position(index + 1, 0, position.sums | position.added, begun, position.squares)
@@ -212,17 +229,18 @@ class Driver:
                 yield stop, self._finish(index, position, start, self._pairs(index, start, stop, sums))
 
     def _pairs(self, index: int, start: int, stop: int, sums: Mapping[str, Array]) -> dict[str, Array]:
-        """A block of queries with all keys."""
+        """A block of queries with all keys, or of keys with all queries: what the stage takes first."""
         stage = self.stages[index]
-        query = self.tokens.read(index, "q", start, stop).copy()
+        outer = stage.inputs[0]
+        block = self.tokens.read(index, outer, start, stop).copy()
         total: dict[str, Array] = {}
         for first, last in _ranges(0, self.rows, PAIR_CHUNKS * self.chunk):
-            keys = {
+            others = {
                 name: self.tokens.read(index, name, first, last)
                 for name in stage.inputs
-                if name in BY_TOKEN and name != "q"
+                if name in BY_TOKEN and name != outer
             }
-            for name, value in self.runner.run(stage, {"q": query} | keys | dict(sums)).items():
+            for name, value in self.runner.run(stage, {outer: block} | others | dict(sums)).items():
                 exact = value if name in BY_TOKEN else value.astype(np.float64)
                 total[name] = total[name] + exact if name in total else exact
         return total

@@ -234,6 +234,7 @@ def open_rows(path: Path) -> Rows:
             if openslide.OpenSlide.detect_format(path) not in (None, "generic-tiff"):
                 return SlideRows(path)
     if importable("pyvips"):
-        with suppress(InfexportError):  # Pillow says best what is wrong with it
+        # Pillow says best what is wrong with it, and takes names that are no UTF-8
+        with suppress(InfexportError, UnicodeError):
             return VipsRows(path)
     return ArrayRows(read_image(path))

@@ -177,7 +177,7 @@ class HalfStore:
 
 
 def dtype_of(name: str, precision: str, half: bool) -> type[np.float32] | type[np.float16]:
-    """Of what is kept: `mixed`, a sum over all tokens, is always float32.
+    """Of what is kept: sums over all tokens are always float32.
 
     Args:
         name: of the rows.
@@ -185,7 +185,7 @@ def dtype_of(name: str, precision: str, half: bool) -> type[np.float32] | type[n
         half: keep everything else in float16.
     """
     kernel = precision == "fp16" and name in ("q", "k", "v")
-    return np.float16 if kernel or (half and name != "mixed") else np.float32
+    return np.float16 if kernel or (half and name not in ("mixed", "centrality")) else np.float32
 
 
 class Ring:

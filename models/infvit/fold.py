@@ -51,8 +51,8 @@ class FoldedLinearAttention(nn.Module):
         queries = queries * self._scale(tokens)
         return _sums(torch.linalg.vector_norm(queries, dim=-1), queries)
 
-    def score(self, tokens: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ aₙ `[B, H]` and Σ aₙyₙ `[B, H, E]`, of the sums that `energy` gives."""
+    def scores(self, tokens: Tensor, mass: Tensor, moment: Tensor) -> Tensor:
+        """aₙ `[B, H, N]`, of the sums that `energy` gives."""
         heads = self.attention.num_heads
         mean_query = moment / (mass[..., None] + EPSILON) * self._scale(tokens)
         # one key direction per head, [B, H, E], instead of N keys
@@ -61,16 +61,20 @@ class FoldedLinearAttention(nn.Module):
         if self.attention.k_proj.bias is not None:
             bias = self.attention.k_proj.bias.unflatten(0, (heads, -1))
             score = score + (mean_query * bias).sum(-1, keepdim=True)
-        return _sums(torch.relu(score), tokens[:, None])
+        return torch.relu(score)
+
+    def gather(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ aₙ `[B, H]` and Σ aₙyₙ `[B, H, E]`."""
+        return _sums(scores, tokens[:, None])
 
     def out(self, mass: Tensor, moment: Tensor) -> Tensor:
-        """What all tokens receive, `[B, 1, E]`, of the sums that `score` gives."""
+        """What all tokens receive, `[B, 1, E]`, of the sums that `gather` gives."""
         value = _values(self.attention, mass, moment)
         mixed = self.attention.rho.reshape(-1, 1) * value / (mass[..., None] + EPSILON)
         return self.attention.project_out(mixed.flatten(1)[:, None])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.out(*self.score(tokens, *self.energy(tokens)))
+        return self.out(*self.gather(self.scores(tokens, *self.energy(tokens)), tokens))
 
     def _scale(self, tokens: Tensor) -> float:
         return 1 / math.sqrt(tokens.shape[-1] // self.attention.num_heads)

@@ -6,11 +6,15 @@ Each is a module over a chunk of tokens; whoever adds what the chunks give has w
     pure        start, embed, [attend, again×(T−1), apply]×(L−1), and norm, row, head (one term)
                                                               or attend, again×(T−1), head
 
+and, where somebody asks which tokens are attended to, columns×T before each apply, row and head of pure; the scores of
+linear come by the way.
+
 `apply` of one layer gathers for the next, so that tokens are read and written once. In pure `attend` meets blocks of
 queries and keys; its last layer, cut to the class token (`infvit.fold`), needs the norm of A and one row of it.
 
 Names are what they are in `infsa_ops`. Token by token: `tokens` `[B, n, E]`, `q`, `k`, `v` and `mixed` `[B, n, E]`,
-heads side by side. Sums: `mass` `[B, H]`, `moment` `[B, H, ·]`, `squared_norm` `[B, H]`. Of the first token: `query`.
+heads side by side; `centrality` `[B, n, H]`. Sums: `mass` `[B, H]`, `moment` `[B, H, ·]`, `squared_norm` `[B, H]`. Of
+the first token: `query`.
 """
 
 from __future__ import annotations
@@ -34,11 +38,14 @@ class Sweep(nn.Module):
 
     Attributes:
         over: `image`, strips of it; `nothing`, called once, with no inputs, for the class token; `tokens`, chunk by
-            chunk; `pairs`, a chunk of queries with every chunk of keys, products added; `class_token`, the first alone.
+            chunk; `pairs`, a chunk of the first input with every chunk of the other tokens, what it gives of a token
+            added; `class_token`, the first alone.
         inputs, outputs: names, in order.
+        optional: only for the centrality of tokens.
     """
 
     over: Over = "tokens"
+    optional = False
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
@@ -141,17 +148,19 @@ class Start(Sweep):
 
 
 class Score(Sweep):
-    """Scores of Linear-InfSA: from the sums of energies to those of scores."""
+    """Scores of Linear-InfSA, and their sums, of the sums of energies."""
 
     inputs = ("tokens", "mass", "moment")
-    outputs = ("mass", "moment")
+    outputs = ("mass", "moment", "centrality")
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         self.norm, self.attention = layer.norm1, cast(FoldedLinearAttention, layer.attn)
 
     def forward(self, tokens: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, ...]:
-        return self.attention.score(self.norm(tokens), mass, moment)
+        normed = self.norm(tokens)
+        scores = self.attention.scores(normed, mass, moment)
+        return *self.attention.gather(scores, normed), scores.transpose(1, 2)
 
 
 class Attend(Sweep):
@@ -198,6 +207,38 @@ class Norm(Attend):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return (infsa_ops.affinity_squared_norm(self._heads(q), self._heads(k)),)
+
+
+class Columns(Attend):
+    """A block of keys and queries: its share of the column sums of Σ_{t=1..T} (ρÂ)ᵗ, Katz centrality.
+
+    The same series with queries and keys exchanged, applied to ones; by Horner's scheme, each time adding one to what
+    the time before gave.
+    """
+
+    inputs: tuple[str, ...] = ("k", "q", "squared_norm")
+    outputs = ("centrality",)
+    optional = True
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__(attention)
+        self.rho_logit = cast(Tensor, attention.rho_logit)
+
+    def forward(  # type: ignore[override]
+        self, k: Tensor, q: Tensor, squared_norm: Tensor, centrality: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        keys, queries = self._heads(k), self._heads(q)
+        ones = torch.ones_like(queries[..., :1], dtype=squared_norm.dtype)
+        values = ones if centrality is None else ones + centrality.transpose(1, 2)[..., None]
+        sums, _ = infsa_ops.affinity_product(keys, queries, values)
+        scale = torch.sigmoid(self.rho_logit).reshape(-1) / (squared_norm.sqrt() + EPSILON)
+        return ((sums[..., 0] * scale[..., None]).transpose(1, 2),)
+
+
+class ColumnsAgain(Columns):
+    """`Columns` for one more term."""
+
+    inputs = ("k", "q", "squared_norm", "centrality")
 
 
 class Row(Sweep):
@@ -270,8 +311,10 @@ def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
         if isinstance(attention, FoldedLinearAttention):
             cut.append(Score(layer))
         elif isinstance(attention, ClassTokenPureAttention):
-            cut += [Norm(attention.attention), Row(layer)]
+            cut += [Norm(attention.attention), Columns(attention.attention), Row(layer)]
         else:
-            cut += [Attend(attention), *[Again(attention)] * (attention.neumann_terms - 1)]
+            again = attention.neumann_terms - 1
+            cut += [Attend(attention), *[Again(attention)] * again]
+            cut += [Columns(attention), *[ColumnsAgain(attention)] * again]
         cut.append(Head(network, layer) if following is None else Apply(layer, following))
     return cut

@@ -12,7 +12,7 @@ from infexport.stream import stream
 from infexport.stream.driver import Position
 from infexport.stream.scratch import Identity, Scratch, clean
 from infexport.stream.source import ArrayRows, Source
-from infexport.validate import synthetic_image
+from infexport.synthetic import synthetic_image
 
 
 class Killed(BaseException):
@@ -51,7 +51,7 @@ def test_killed_anywhere_the_answer_is_the_same_bit_for_bit(name, golden_bundle,
     def run(counting, said):
         with Scratch(tmp_path / "scratch", identity, said.append) as scratch:
             source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
-            return stream(bundle, counting, source, scratch, chunk=3)
+            return stream(bundle, counting, source, scratch, chunk=3, centrality=True)
 
     with OrtStages(bundle, "cpu") as runner:
         whole = Counting(runner)
@@ -60,7 +60,7 @@ def test_killed_anywhere_the_answer_is_the_same_bit_for_bit(name, golden_bundle,
         random = np.random.default_rng(0)
         for trial in range(10):
             said: list[str] = []
-            first = Counting(runner, int(random.integers(20, whole.calls // 2)), after=bool(trial % 2))
+            first = Counting(runner, int(random.integers(20, 3 * whole.calls // 4)), after=bool(trial % 2))
             second = Counting(runner, int(random.integers(2, 20)))  # killed again, in the run that goes on
             for killed in (first, second):
                 with pytest.raises(Killed):
@@ -69,6 +69,7 @@ def test_killed_anywhere_the_answer_is_the_same_bit_for_bit(name, golden_bundle,
             found = run(last, said)
             assert np.array_equal(found.logits, expected.logits)
             assert np.array_equal(found.features, expected.features)
+            assert np.array_equal(found.centrality.cells, expected.centrality.cells)
             assert last.calls < whole.calls
             assert sum("going on" in line for line in said) >= 1
             assert not list((tmp_path / "scratch").iterdir())

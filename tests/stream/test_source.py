@@ -15,8 +15,8 @@ from PIL import Image
 from infexport.errors import InfexportError
 from infexport.images import read_image
 from infexport.stream.source import ArrayRows, SlideRows, Source, VipsRows, open_rows
+from infexport.synthetic import synthetic_image
 from infexport.transform import EvalTransform, fit
-from infexport.validate import synthetic_image
 
 
 def read(rows, step=7):

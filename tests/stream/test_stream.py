@@ -16,12 +16,14 @@ from support import GOLDEN, MODELS, relative_error
 
 from infexport.bundle import open_bundle
 from infexport.manifest import Stage
+from infexport.recorded import load_recorded
 from infexport.runners.ort import OrtRunner, OrtStages
 from infexport.runners.torch import TorchRunner
 from infexport.stream import stream
 from infexport.stream.source import ArrayRows, Source
+from infexport.synthetic import synthetic_image
 from infexport.transform import fit, transform_of
-from infexport.validate import load_recorded, synthetic_image
+from infvit.centrality import katz, linear_scores
 from infvit.config import InfViTConfig
 from infvit.fold import fold, fold_normalisation
 from infvit.network import InfViT
@@ -76,20 +78,9 @@ def test_images_of_many_chunks(name, size, golden_bundle):
 
 
 @pytest.fixture(scope="module")
-def converted(infexport, tmp_path_factory):
+def converted(golden_bundle):
     """A golden model converted with other options: name, options → bundle."""
-    made = {}
-
-    def get(name, *options):
-        if (name, options) not in made:
-            path = made[name, options] = tmp_path_factory.mktemp("bundles") / "bundle"
-            infexport(
-                "convert", "checkpoint", GOLDEN / f"{name}.safetensors", "--config", GOLDEN / f"{name}.json",
-                "-o", path, *options,
-            )  # fmt: skip
-        return open_bundle(made[name, options])
-
-    return get
+    return lambda name, *options: open_bundle(golden_bundle(name, *options))
 
 
 @pytest.mark.parametrize("name", ["reference_linear", "transformers4_wrapped_pure"])
@@ -109,10 +100,11 @@ def test_several_terms_of_the_neumann_series(converted):
 
 def test_terms_of_a_layer_share_a_graph(converted):
     stages = converted("torchvision_pure", "--neumann-terms", "5").manifest.stages
-    again = [stage.graph for stage in stages if stage.graph.endswith("again.onnx")]
     layers = converted("torchvision_pure").manifest.config["depth"]
-    assert len(again) == 4 * layers
-    assert len(set(again)) == layers
+    for kind in ("again", "columnsagain"):
+        again = [stage.graph for stage in stages if stage.graph.endswith(f"-{kind}.onnx")]
+        assert len(again) == 4 * layers
+        assert len(set(again)) == layers
     assert len({stage.graph for stage in stages if stage.graph.endswith("attend.onnx")}) == 1
 
 
@@ -202,7 +194,9 @@ class TorchStages:
     def __init__(self, network):
         self.precision, self.max_rows = "fp32", None
         self.modules = sweeps(network, torch.nn.Identity())
-        self.stages = [Stage(str(i), m.over, list(m.inputs), list(m.outputs)) for i, m in enumerate(self.modules)]
+        self.stages = [
+            Stage(str(i), m.over, list(m.inputs), list(m.outputs), m.optional) for i, m in enumerate(self.modules)
+        ]
 
     def run(self, stage, feeds):
         module = self.modules[int(stage.graph)]
@@ -217,7 +211,8 @@ class TorchStages:
     seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_chunking_changes_nothing(shape, height, width, chunk, seed):
-    from infexport.stream.driver import Driver, Tokens, layout_of
+    from infexport.stream.driver import Driver, Tokens, layout_of, stages_of
+    from infexport.stream.maps import Maps
     from infexport.stream.stores import MemoryStore
 
     torch.manual_seed(seed)
@@ -225,13 +220,40 @@ def test_chunking_changes_nothing(shape, height, width, chunk, seed):
     folded = fold_normalisation(fold(network), (0.5, 0.4, 0.6), (0.2, 0.3, 0.25))
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     runner, source = TorchStages(folded), Source(ArrayRows(image), 8, "pad")
-    layout = layout_of(runner.stages, source.tokens, chunk, resumable=bool(seed % 2))
-    tokens = Tokens(layout, lambda name, rows: MemoryStore(rows, 16, np.float32))
-    found = Driver(runner.stages, runner, source, tokens, chunk).run()["logits"]
-    padded = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")[None]
+    for centrality in (False, True):
+        stages = stages_of(runner.stages, centrality)
+        layout = layout_of(stages, source.tokens, chunk, bool(seed % 2), centrality)
+        heads = {"centrality": network.config.num_heads}
+        tokens = Tokens(layout, lambda name, rows, heads=heads: MemoryStore(rows, heads.get(name, 16), np.float32))
+        maps = Maps(stages, network.config.to_dict(), source.grid, None)
+        observe = maps if centrality else lambda stage, tokens, sums: None
+        found = Driver(stages, runner, source, tokens, chunk, observe=observe).run()["logits"]
+        padded = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")[None]
+        with torch.no_grad():
+            expected = folded(torch.from_numpy(padded).float())
+        assert relative_error(found, expected) <= 2e-5
+    pixels = (torch.from_numpy(padded).permute(0, 3, 1, 2) / 255 - MEAN) / STD
+    truth = centrality_of(network.double(), pixels.double())
+    result = maps.result()
+    found = np.concatenate([result.class_token[..., None], result.cells.reshape(*truth.shape[:2], -1)], -1)
+    assert np.linalg.norm(found - truth.numpy()) <= 2e-4 * truth.norm()  # which may be 0
+
+
+MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.5, 0.4, 0.6), (0.2, 0.3, 0.25)))
+
+
+def centrality_of(network, pixels):
+    """`[layers, heads, N]`, by the operators, of tokens that are all there at once."""
+    found = []
     with torch.no_grad():
-        expected = folded(torch.from_numpy(padded).float())
-    assert relative_error(found, expected) <= 2e-5
+        tokens = network.embed(pixels)
+        for layer in network.encoder.layers:
+            q, k, _ = layer.attn.project(layer.norm1(tokens))
+            terms = layer.attn.neumann_terms
+            linear = layer.attn.variant == "linear_infsa"
+            found.append(linear_scores(q, k) if linear else katz(q, k, layer.attn.rho, terms))
+            tokens = layer(tokens)
+    return torch.cat(found)
 
 
 def test_spare_rows_are_never_more_than_rows():

@@ -1,0 +1,65 @@
+"""How much every token is attended to, as a map over the image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Map = NDArray[np.float32]
+
+MOST_NUMBERS = 2**24
+"""Of one image's maps, of all layers and heads: larger grids are summed up in cells."""
+
+
+@dataclass(frozen=True)
+class Centrality:
+    """Of Linear-InfSA the normalised scores, of Pure InfSA the column sums of the Neumann series (Katz centrality).
+
+    Attributes:
+        cells: float32 `[layers, heads, rows, columns]`, summed over the patches of a cell.
+        class_token: float32 `[layers, heads]`.
+        grid: patches, `(height, width)`.
+        step: patches along a side of a cell, 1 where every patch is one; the last cells may have fewer.
+    """
+
+    cells: Map
+    class_token: Map
+    grid: tuple[int, int]
+    step: int
+
+    @property
+    def shares(self) -> Map:
+        """Of everything that a layer and head attends to, the class token included, `[layers, heads, rows, columns]`.
+
+        Zero where a head attends to nothing.
+        """
+        total = self.cells.sum((-2, -1), dtype=np.float64) + self.class_token
+        return (self.cells / np.where(total > 0, total, 1)[..., None, None]).astype(np.float32)
+
+    def times_average(self, shares: Map) -> Map:
+        """Shares `[…, rows, columns]` in units of what a cell would have, were all patches alike: 1 is the average."""
+        patches = np.outer(*(np.minimum(self.step, side - np.arange(0, side, self.step)) for side in self.grid))
+        inside = shares.sum((-2, -1), keepdims=True, dtype=np.float64)
+        return (shares * (math.prod(self.grid) / (np.where(inside > 0, inside, 1) * patches))).astype(np.float32)
+
+
+def step_of(grid: tuple[int, int], maps: int) -> int:
+    """The least step at which `maps` maps of a grid have at most MOST_NUMBERS cells."""
+    step = 1
+    while maps * math.prod(-(-side // step) for side in grid) > MOST_NUMBERS:
+        step += 1
+    return step
+
+
+def summed(rows: Map, step: int) -> Map:
+    """Rows of patches `[rows, columns, heads]`, at most `step` of them, as one row of cells `[cells, heads]`."""
+    starts = np.arange(0, rows.shape[1], step)
+    return np.add.reduceat(rows.sum(0, dtype=np.float64), starts, axis=0).astype(np.float32)
+
+
+def of_tokens(tokens: Map, grid: tuple[int, int]) -> Centrality:
+    """Of the centrality of every token, `[layers, heads, 1 + h·w]`, the class token first."""
+    return Centrality(tokens[..., 1:].reshape(*tokens.shape[:2], *grid), tokens[..., 0], grid, 1)
