@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from infexport.errors import InfexportError
 
@@ -32,5 +34,25 @@ def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) 
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+    except OSError as error:
+        raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error
+
+
+@contextmanager
+def written(path: Path, kind: str, hint: str) -> Iterator[BinaryIO]:
+    """A file to write to, which appears when it is whole.
+
+    Args:
+        path, kind, hint: as of `check_writable`.
+
+    Raises:
+        InfexportError: it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            partial = Path(folder) / f"{kind}{path.suffix}"  # made here, it has the mode everyone's files have
+            with partial.open("wb") as file:
+                yield file
+            partial.replace(path)
     except OSError as error:
         raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,23 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from infexport.centrality import Centrality
 from infexport.errors import InfexportError
-from infexport.outputs import check_writable
+from infexport.outputs import check_writable, written
 
 SUFFIXES = (".json", ".csv", ".npz")
+ELSEWHERE = "choose an --output that can be written to"
+
+
+def top_k(logits: NDArray[Any], k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    """As of `Prediction.top_k`, of logits `[classes]`."""
+    exponents = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponents / exponents.sum()
+    order = np.argsort(-probabilities, kind="stable")[:k]
+    return [
+        {"index": int(i), "label": labels[i] if labels else str(i), "probability": float(probabilities[i])}
+        for i in order
+    ]
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Prediction:
         features: `[E]` float32.
         execution: `whole`, or how it was streamed.
         rounding: relative error of one rounding of the tokens that were kept in float16; 0 where none were.
+        centrality: of the tokens, where it was asked for.
     """
 
     file: str
@@ -41,20 +54,11 @@ class Prediction:
     features: NDArray[np.float32]
     execution: str = "whole"
     rounding: float = 0.0
+    centrality: Centrality | None = None
 
     def top_k(self, k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
         """The k likeliest classes, likeliest first: `index`, `label` and `probability` (softmax, float64)."""
-        exponents = np.exp(self.logits.astype(np.float64) - self.logits.max())
-        probabilities = exponents / exponents.sum()
-        order = np.argsort(-probabilities, kind="stable")[:k]
-        return [
-            {
-                "index": int(i),
-                "label": labels[i] if labels else str(i),
-                "probability": float(probabilities[i]),
-            }
-            for i in order
-        ]
+        return top_k(self.logits, k, labels)
 
     def to_dict(self, k: int, labels: Sequence[str] | None) -> dict[str, Any]:
         return {
@@ -73,7 +77,7 @@ def check_output(path: Path) -> None:
     Raises:
         InfexportError: an unknown suffix, or a place that cannot be written to.
     """
-    check_writable(path, "output", SUFFIXES, "choose an --output that can be written to")
+    check_writable(path, "output", SUFFIXES, ELSEWHERE)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Results:
         top_k: classes per image.
         features: whether they are written too.
         shape: classes and E, for a file with no predictions in it.
+        centrality: whether it is written too.
     """
 
     predictions: Sequence[Prediction]
@@ -107,6 +112,7 @@ class Results:
     top_k: int
     features: bool
     shape: tuple[int, int]
+    centrality: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON document, `features` a list per image if asked for."""
@@ -122,21 +128,15 @@ class Results:
     def write(self, path: Path) -> None:
         """Write JSON, CSV or npz, by the suffix; the file appears when it is whole.
 
-        In an npz: `files`, `logits [n, classes]`, and `features [n, E]` if asked for.
+        In an npz: `files`, `logits [n, classes]`, and if asked for `features [n, E]` and, for the i-th image,
+        `centrality_i [layers, heads, rows, columns]` and `centrality_class_token_i [layers, heads]`; a cell is the sum
+        over `centrality_step[i]` patches to a side.
 
         Raises:
             InfexportError: it cannot be written.
         """
-        try:
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-                partial = Path(folder) / f"output{path.suffix}"  # made here, it has the mode everyone's files have
-                with partial.open("wb") as file:
-                    _WRITERS[path.suffix](file, self)
-                partial.replace(path)
-        except OSError as error:
-            raise InfexportError(
-                f"cannot write the output: {path}", str(error), "choose an --output that can be written to"
-            ) from error
+        with written(path, "output", ELSEWHERE) as file:
+            _WRITERS[path.suffix](file, self)
 
 
 def _write_json(file: BinaryIO, results: Results) -> None:
@@ -170,6 +170,11 @@ def _write_npz(file: BinaryIO, results: Results) -> None:
     }
     if results.features:
         arrays["features"] = np.array([p.features for p in results.predictions], np.float32).reshape(-1, embed_dim)
+    if results.centrality:
+        found = [p.centrality for p in results.predictions if p.centrality is not None]
+        arrays["centrality_step"] = np.array([one.step for one in found], np.int64)
+        for i, one in enumerate(found):
+            arrays |= {f"centrality_{i}": one.cells, f"centrality_class_token_{i}": one.class_token}
     np.savez(file, **arrays)
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from infexport.bundle import Bundle
+from infexport.centrality import of_tokens
 from infexport.errors import InfexportError
 from infexport.execution import Image, Policy, Way, choose
 from infexport.images import read_image
@@ -22,7 +23,6 @@ from infexport.machine import cache_folder, usable_cores
 from infexport.predictions import Failure, Prediction
 from infexport.runners import Deployed, Runner, Stages, spread
 from infexport.runners.opening import Opening
-from infexport.runners.ort import candidates, import_onnxruntime
 from infexport.stream import CHUNK, stream
 from infexport.stream.scratch import Identity, Scratch
 from infexport.stream.source import ArrayRows, Rows, Source, open_rows
@@ -39,6 +39,7 @@ class Request:
         edge: how a side becomes a whole number of patches: `pad` replicates the edge, `crop` cuts.
         policy: how they are run. Images are never padded to a common size: every token enters the pooled state.
         provider, engine, threads: as of `runners.opening.Opening`.
+        keep_centrality: predictions have it, where the policy asks for it; else the listener alone is told.
     """
 
     policy: Policy
@@ -47,6 +48,7 @@ class Request:
     provider: str = "auto"
     engine: str | None = None
     threads: int | None = None
+    keep_centrality: bool = False
 
 
 class Listener:
@@ -54,6 +56,9 @@ class Listener:
 
     def image(self, done: int) -> None:
         """So many more images are done."""
+
+    def answer(self, index: int, answer: Prediction) -> None:
+        """Of the image of this index."""
 
     def status(self, message: str) -> None:
         """Something a person would like to know."""
@@ -72,16 +77,18 @@ class Run:
         bundle: whose preprocessing is applied.
         request: what is asked for.
         listener: told of it.
+        opening: what opens the runners; None for what the request names.
     """
 
-    def __init__(self, bundle: Bundle, request: Request, listener: Listener) -> None:
+    def __init__(self, bundle: Bundle, request: Request, listener: Listener, opening: Opening | None = None) -> None:
         self.bundle, self.request, self.listener = bundle, request, listener
         self._transform = transform_of(bundle.manifest.preprocessing)
         self._patch = bundle.manifest.config["patch_size"]
         self._answers: dict[int, Prediction] = {}
         self._failures: dict[int, Failure] = {}
         self._sessions = ExitStack()
-        self._opening = Opening(bundle, request.provider, request.engine, request.threads)
+        ways = request.provider, request.engine, request.threads, request.policy.centrality
+        self._opening = opening or Opening(bundle, *ways)
         self._on_gpu = False
 
     @cached_property
@@ -97,8 +104,13 @@ class Run:
         Raises:
             InfexportError: the bundle cannot be run at all. What is wrong with an image is a failure of that image.
         """
+        answers, failures = self.by_index(files)
+        return [answers[i] for i in sorted(answers)], [failures[i] for i in sorted(failures)]
+
+    def by_index(self, files: Sequence[Path]) -> tuple[dict[int, Prediction], dict[int, Failure]]:
+        """Predictions and failures by their place in `files`; raises as a call does."""
         with self._sessions:
-            self._on_gpu = bool(self._opening.engines) or self._gpu_of_onnxruntime()
+            self._on_gpu = bool(self._opening.engines) or (self._opening.seeks_gpu and self._runner.provider != "cpu")
             for note in self._opening.notes:
                 self.listener.status(note)
             if "whole" in self._opening.engines and self._policy.execution != "stream":
@@ -108,7 +120,7 @@ class Run:
                 with self._failing(files, [index for index, _ in batch], _shapes(batch)):
                     self._run_whole(runner, batch, files)
                 self.listener.image(len(batch))
-        return [self._answers[i] for i in sorted(self._answers)], [self._failures[i] for i in sorted(self._failures)]
+        return self._answers, self._failures
 
     @contextmanager
     def _failing(self, files: Sequence[Path], indices: Sequence[int], doing: str) -> Iterator[None]:
@@ -121,11 +133,6 @@ class Run:
             if isinstance(error, InfexportError):
                 reason = InfexportError(error.summary, error.details, error.hint)
             self._failures |= {index: Failure(_name(files[index]), reason) for index in indices}
-
-    def _gpu_of_onnxruntime(self) -> bool:
-        # a package for GPUs may be where none is: only a session knows
-        available = import_onnxruntime().get_available_providers()
-        return candidates(self.request.provider, available)[0] != "cpu" and self._runner.provider != "cpu"
 
     @cached_property
     def _runner(self) -> Deployed:
@@ -207,6 +214,7 @@ class Run:
                 policy.chunk or CHUNK,
                 policy.half,
                 lambda stage, done, total: listener.sweep(_name(file), stage, done, total),
+                policy.centrality,
             )
         kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}{' in float16' if policy.half else ''}"
         return Prediction(
@@ -217,6 +225,7 @@ class Run:
             found.features,
             f"stream, {kept}",
             found.rounding,
+            found.centrality,
         )
 
     def _identity(self, file: Path, rows: Rows, stages: Stages) -> Identity:
@@ -228,6 +237,7 @@ class Run:
             "edge": request.edge,
             "chunk": self._policy.chunk,
             "tokens": "float16" if self._policy.half else "float32",
+            "centrality": self._policy.centrality,
             "provider": stages.provider,
             "threads": request.threads or usable_cores(),
             "reader": rows.reader,
@@ -241,12 +251,14 @@ class Run:
         for row, (index, image) in enumerate(batch):
             grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
             logits, features = values["logits"][row], values["features"][row]
-            answer = Prediction(_name(files[index]), grid, image.padded_share, logits, features)
+            centrality = of_tokens(values["centrality"][row], grid) if self._policy.centrality else None
+            answer = Prediction(_name(files[index]), grid, image.padded_share, logits, features, centrality=centrality)
             self._answer(index, files[index], answer)
 
     def _answer(self, index: int, file: Path, answer: Prediction) -> None:
         if np.isfinite(answer.logits).all():
-            self._answers[index] = answer
+            self._answers[index] = answer if self.request.keep_centrality else replace(answer, centrality=None)
+            self.listener.answer(index, answer)
         else:
             self._failures[index] = Failure(_name(file), _not_finite(_name(file)))
 

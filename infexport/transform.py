@@ -151,6 +151,22 @@ def patches_of(height: int, width: int, patch_size: int, edge: Edge) -> tuple[in
     return rows, columns
 
 
+def window(
+    image: tuple[int, int], size: Literal["trained", "native"] | int, transform: EvalTransform
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """What `resized` leaves of an image: its top and left, in the image's pixels; how many of these are one of its own.
+
+    Args:
+        image: height and width in pixels.
+        size, transform: as of `fit`.
+    """
+    if size == "native":
+        return (0, 0), (1, 1)
+    new, start, _ = _resize(*image, transform if size == "trained" else transform.at(size))
+    down, across = (old / made for old, made in zip(image, new, strict=True))
+    return (start[0] * down, start[1] * across), (down, across)
+
+
 def _complete(image: Pixels, height: int, width: int) -> Fitted:
     """Cut bottom and right, or replicate the last row and column, to exactly height x width."""
     image = np.ascontiguousarray(image[:height, :width])
@@ -161,9 +177,10 @@ def _complete(image: Pixels, height: int, width: int) -> Fitted:
     return Fitted(image, padded / (height * width))
 
 
-def _resize_and_crop(image: Pixels, transform: EvalTransform) -> Pixels:
-    """torchvision's Resize and CenterCrop. A side that resizes to less than the crop stays shorter."""
-    height, width = image.shape[:2]
+def _resize(
+    height: int, width: int, transform: EvalTransform
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Of an image of this height and width: both when it is resized, top and left of the crop, and the crop's own."""
     resize, crop = transform.resize_size, transform.crop_size
     if transform.resize_mode == "exact":
         new_h = new_w = resize
@@ -171,7 +188,14 @@ def _resize_and_crop(image: Pixels, transform: EvalTransform) -> Pixels:
         long = int(resize * max(height, width) / min(height, width))
         new_h, new_w = (resize, long) if height <= width else (long, resize)
     kept_h, kept_w = min(new_h, crop), min(new_w, crop)
-    top, left = round((new_h - kept_h) / 2), round((new_w - kept_w) / 2)
+    return (new_h, new_w), (round((new_h - kept_h) / 2), round((new_w - kept_w) / 2)), (kept_h, kept_w)
+
+
+def _resize_and_crop(image: Pixels, transform: EvalTransform) -> Pixels:
+    """torchvision's Resize and CenterCrop. A side that resizes to less than the crop stays shorter."""
+    height, width = image.shape[:2]
+    (new_h, new_w), (top, left), (kept_h, kept_w) = _resize(height, width, transform)
+    resize = transform.resize_size
     resample = Image.Resampling[transform.interpolation.upper()]
     if new_h * new_w <= 4 * resize * resize:
         resized = Image.fromarray(image).resize((new_w, new_h), resample)

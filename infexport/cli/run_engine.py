@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from infexport.cli.output import Output, Sweeps
+from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
 from infexport.cli.sizes import Bytes
+from infexport.errors import InfexportError
 
 if TYPE_CHECKING:
+    from infexport.bundle import Bundle
+    from infexport.heatmaps import Detail
     from infexport.predictions import Prediction
+    from infexport.run import Request
 
 EXECUTIONS = ("auto", "whole", "stream")
+DETAILS = ("mean", "layers", "heads")
 
 
 class Size(click.ParamType[str | int]):
@@ -40,6 +46,12 @@ class Size(click.ParamType[str | int]):
               help="Complete the last patch by replicating the edge, or cut it off.")  # fmt: skip
 @click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="Classes shown per image.")
 @click.option("--features", is_flag=True, help="Also write the features, [n, E], to --output or --json.")
+@click.option("--heatmaps", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Draw which parts of every image are attended to, a PNG each (extra 'plot').")  # fmt: skip
+@click.option("--heatmap-detail", type=click.Choice(DETAILS), help="One map of all layers and heads, or one of each "
+              "layer, or of each head.  [default: mean]")  # fmt: skip
+@click.option("--centrality", is_flag=True, help="Also write how much each token is attended to, by layer and head, to "
+              "an .npz --output.")  # fmt: skip
 @click.option("--execution", type=click.Choice(EXECUTIONS), default="auto", show_default=True,
               help="Run the whole graph, or stream: chunk by chunk, in memory that hardly grows.")  # fmt: skip
 @click.option("--memory", type=Bytes(), help="What the process may take, such as 2GiB.  [default: 80% of what is free]")
@@ -73,6 +85,9 @@ def run_engine(
     edge: Any,
     top_k: int,
     features: bool,
+    heatmaps: Path | None,
+    heatmap_detail: Any,
+    centrality: bool,
     execution: Any,
     memory: int | None,
     chunk: int | None,
@@ -92,18 +107,22 @@ def run_engine(
     be decoded whole may have 2^30 pixels; the environment variable INFEXPORT_MAX_PIXELS sets another limit.
     """
     from infexport.bundle import open_bundle
-    from infexport.execution import Policy
+    from infexport.cli.told import Told
+    from infexport.execution import Policy, usual_memory
     from infexport.images import find_images
-    from infexport.machine import available_memory, cache_folder
+    from infexport.machine import cache_folder
     from infexport.predictions import Results, check_output
-    from infexport.run import Listener, Request, Run
-    from infexport.runners.ort import remarks
+    from infexport.run import Request, Run
     from infexport.stream import scratch as scratches
     from infexport.summary import warnings_of
 
     out = Output(as_json)
     if features and not (output or as_json):
         raise click.UsageError("--features needs --output FILE or --json: there is nowhere to write them")
+    if centrality and (output is None or output.suffix != ".npz"):
+        raise click.UsageError("--centrality needs --output FILE.npz: it is too much for text")
+    if heatmap_detail is not None and heatmaps is None:
+        raise click.UsageError("--heatmap-detail needs --heatmaps DIR: there is nowhere to draw")
     if not images and not clean:
         raise click.UsageError("missing argument 'IMAGES...': files or folders")
     if scratch is not None and execution == "whole":
@@ -119,43 +138,63 @@ def run_engine(
     warnings = warnings_of(opened.manifest)
     for line in warnings:
         out.warning(line)
-    limit = int(0.8 * available_memory()) if memory is None else memory
-    policy = Policy(execution, limit, scratch, chunk, tokens == "float16", batch_size)
-    request = Request(policy, size, edge, provider, engine, threads)
-    names = [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in opened.manifest.stages or ()]
-    told: set[str] = set()
+    limit = usual_memory() if memory is None else memory
+    mapped = centrality or heatmaps is not None
+    policy = Policy(execution, limit, scratch, chunk, tokens == "float16", batch_size, mapped)
+    request = Request(policy, size, edge, provider, engine, threads, centrality)
+    undrawn: list[InfexportError] = []
+    draw = None if heatmaps is None else _drawing(opened, files, request, heatmaps, heatmap_detail or "mean", undrawn)
     with out.progress(len(files), "images") as bar:
-
-        class Told(Listener):
-            sweep = staticmethod(Sweeps(out, names))
-
-            def image(self, done: int) -> None:
-                bar.update(done)
-
-            def status(self, message: str) -> None:
-                out.status(message)
-
-            def running(self, provider: str, precision: str) -> None:
-                out.status(f"running on {provider} with {precision}")
-                for line in set(remarks(precision, provider)) - told:
-                    told.add(line)
-                    out.warning(line)
-
-        answers, failures = Run(opened, request, Told())(files)
+        answers, failures = Run(opened, request, Told(out, opened, bar, mapped, draw))(files)
     config = opened.manifest.config
     shape = config["num_classes"], config["embed_dim"]
-    results = Results(answers, failures, opened.labels, warnings, top_k, features, shape)
+    results = Results(answers, failures, opened.labels, warnings, top_k, features, shape, centrality)
     if output is not None:
         results.write(output)
         out.status(f"wrote {output}")
+    if heatmaps is not None:
+        out.status(f"wrote {len(answers) - len(undrawn)} heat maps to {heatmaps}")
     for answer in answers:
         out.data(answer.file + _remarks(answer))
         for top in answer.top_k(top_k, results.labels):
             out.data(f"  {top['probability']:7.2%}  {top['label']}")
     out.document(results.to_dict())
-    for failure in failures:
-        out.error(failure.error)
-    raise click.exceptions.Exit(1 if failures else 0)
+    for error in [*(failure.error for failure in failures), *undrawn]:
+        out.error(error)
+    raise click.exceptions.Exit(1 if failures or undrawn else 0)
+
+
+def _drawing(
+    bundle: Bundle,
+    files: Sequence[Path],
+    request: Request,
+    folder: Path,
+    detail: Detail,
+    undrawn: list[InfexportError],
+) -> Callable[[int, Prediction], None]:
+    """What draws the heat map of an answer, and adds to `undrawn` why it cannot."""
+    from infexport import heatmaps
+    from infexport.extras import require
+    from infexport.transform import transform_of
+
+    require("matplotlib", extra="plot")
+    heatmaps.check_folder(folder)
+    names, patch = heatmaps.names_of(files), bundle.manifest.config["patch_size"]
+    transform = transform_of(bundle.manifest.preprocessing)
+
+    def draw(index: int, answer: Prediction) -> None:
+        assert answer.centrality is not None, "asked for"
+        (top,) = answer.top_k(1, bundle.labels)
+        title = f"{Path(answer.file).stem}: {top['label']}, {top['probability']:.1%}"
+        try:
+            pixels, image = heatmaps.overview(files[index])
+            extent = heatmaps.region(image, answer.grid, patch, request.size, transform)
+            figure = heatmaps.figure_of(answer.centrality, pixels, image, extent, title, detail)
+            heatmaps.save(figure, folder / f"{names[index]}.png")
+        except InfexportError as error:  # the answer is none the worse for it
+            undrawn.append(error)
+
+    return draw
 
 
 def _remarks(answer: Prediction) -> str:

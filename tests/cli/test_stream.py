@@ -17,7 +17,7 @@ import tifffile
 from PIL import Image
 from support import GOLDEN, relative_error
 
-from infexport.validate import synthetic_image
+from infexport.synthetic import synthetic_image
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +216,13 @@ def test_killed_at_any_moment_the_same_command_goes_on(name, golden_bundle, scen
 
 
 def test_interrupted_by_hand_it_says_so_and_clean_deletes_it(infexport, bundle, scene, tmp_path):
-    options = ("--scratch", tmp_path / "scratch", "--chunk", 8)
+    options = ("--scratch", tmp_path / "scratch", "--chunk", 2)
     with subprocess.Popen(
-        command(bundle, scene, tmp_path / "out.npz", *options), stderr=subprocess.PIPE, text=True
-    ) as run:
-        while not list(tmp_path.glob("scratch/*/tokens")):
+        command(bundle, scene, tmp_path / "out.npz", *options), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background of a shell it is ignored
+    ) as run:  # fmt: skip
+        while not list(tmp_path.glob("scratch/*/state.npz")):  # long before the last of tens of thousands of chunks
             time.sleep(0.01)
-        time.sleep(0.3)
         run.send_signal(signal.SIGINT)
         messages = run.stderr.read()
     assert run.returncode == 130

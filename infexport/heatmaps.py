@@ -1,0 +1,183 @@
+"""Centrality over the image it is of, as people see it: in its own aspect, in colours that everyone can tell apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infexport.centrality import Centrality
+from infexport.images import Pixels
+from infexport.outputs import check_writable, written
+from infexport.stream.source import open_rows
+from infexport.transform import EvalTransform, window
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Detail = Literal["mean", "layers", "heads"]
+OVERVIEW = 1024
+"""Pixels of the longer side of the image below a map, at most."""
+COLOURS = "viridis"
+"""Perceptually uniform, and told apart by the colour-blind."""
+ELSEWHERE = "choose another --heatmaps folder"
+DPI, LAYERS = 150, 4
+"""Dots per inch; layers in a row."""
+GREY = np.array([0.299, 0.587, 0.114])
+ALPHA = 0.6
+"""Of a map over its image."""
+
+
+def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
+    """An image of any size, averaged down to at most OVERVIEW pixels a side, and its own height and width.
+
+    Raises:
+        InfexportError: it cannot be read.
+    """
+    rows = open_rows(file)
+    factor = -(-max(rows.height, rows.width) // OVERVIEW)
+    columns = np.arange(0, rows.width, factor)
+    counts = np.diff(columns, append=rows.width)[:, None]
+    found = []
+    for start in range(0, rows.height, factor):
+        strip = rows.read(start, min(start + factor, rows.height))
+        sums = np.add.reduceat(strip.sum(0, dtype=np.float64), columns, axis=0)
+        found.append(sums / (counts * len(strip)))
+    return np.round(np.stack(found)).astype(np.uint8), (rows.height, rows.width)
+
+
+def region(
+    image: tuple[int, int],
+    grid: tuple[int, int],
+    patch: int,
+    size: Literal["trained", "native"] | int,
+    transform: EvalTransform,
+) -> tuple[float, float, float, float]:
+    """Where a grid of patches lies on an image: left, right, bottom and top, in its pixels, as matplotlib's extent.
+
+    Args:
+        image: its height and width in pixels.
+        grid: patches, `(height, width)`; completed, they reach beyond the image.
+        patch: side of one, in pixels of the image that was run.
+        size, transform: by which the image was brought to its size.
+    """
+    (top, left), scales = window(image, size, transform)
+    height, width = (side * patch * scale for side, scale in zip(grid, scales, strict=True))
+    return left, left + width, top + height, top
+
+
+def figure_of(
+    centrality: Centrality,
+    pixels: Pixels,
+    image: tuple[int, int],
+    extent: tuple[float, float, float, float],
+    title: str,
+    detail: Detail = "mean",
+) -> Figure:
+    """Maps over the image in grey: one of all layers and heads, with the image beside it, or one of each layer or head.
+
+    Args:
+        centrality: of the image's tokens.
+        pixels: the image, or an overview of it, uint8 `[h, w, 3]`.
+        image: its own height and width in pixels.
+        extent: of the grid, as `region` gives it.
+        title: above it.
+        detail: what a map is of.
+    """
+    from matplotlib.figure import Figure
+
+    maps = _maps(centrality, detail)
+    beside = detail == "mean"
+    columns = 2 if beside else min(len(maps), LAYERS if detail == "layers" else centrality.cells.shape[1])
+    rows, side = -(-len(maps) // columns), 4.5 if beside else 2.4
+    tall, wide = (side * length / max(image) for length in image)
+    figure = Figure((columns * (wide + 0.75), rows * (tall + 0.45) + 0.5), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    if beside:
+        axes[0].imshow(pixels, extent=(0, image[1], image[0], 0))
+        _bare(axes.pop(0), image)
+    grey = pixels @ GREY
+    for one, (name, values) in zip(axes, maps, strict=False):
+        one.imshow(grey, extent=(0, image[1], image[0], 0), cmap="gray", vmin=0, vmax=255)
+        look: Any = {"cmap": COLOURS, "alpha": ALPHA, "interpolation": "nearest", "vmin": 0, "vmax": _top(values)}
+        bar = figure.colorbar(one.imshow(values, extent=extent, **look), ax=one, shrink=0.85, pad=0.02)
+        bar.ax.tick_params(labelsize=8 if beside else 7)
+        bar.set_label("times the average patch" if beside else "", fontsize=8)
+        one.set_title(name, fontsize=8)
+        _bare(one, image)
+    for one in axes[len(maps) :]:
+        one.remove()
+    return figure
+
+
+def overlay(centrality: Centrality, pixels: Pixels) -> tuple[Pixels, float]:
+    """The map of all layers and heads together over a picture in grey, and its largest value, which is the map's end.
+
+    Args:
+        centrality: of the image's tokens.
+        pixels: all that the grid lies on, of any size, uint8 `[h, w, 3]`.
+    """
+    from matplotlib import colormaps
+
+    ((_, shares),) = _maps(centrality, "mean")
+    cells = (
+        np.minimum((np.arange(length) + 0.5) * side / length // centrality.step, count - 1).astype(int)
+        for length, side, count in zip(pixels.shape[:2], centrality.grid, shares.shape, strict=True)
+    )
+    top = _top(shares)
+    colours = colormaps[COLOURS](shares[np.ix_(*cells)] / top)[..., :3] * 255
+    mixed = ALPHA * colours + (1 - ALPHA) * (pixels @ GREY)[..., None]
+    return np.round(mixed).astype(np.uint8), top
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same figure.
+
+    Raises:
+        InfexportError: it cannot be written.
+    """
+    with written(file, "heat map", ELSEWHERE) as stream:
+        figure.savefig(stream, format="png", metadata={"Software": None})
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder for heat maps, and find out before the long work that it cannot be written to.
+
+    Raises:
+        InfexportError: it cannot.
+    """
+    check_writable(folder / "map.png", "heat map", (".png",), ELSEWHERE)
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """A name without suffix for the picture of every image: its own, with a number where several have it."""
+    names: dict[str, None] = {}  # in order
+    for file in files:
+        others = (f"{file.stem}-{number}" for number in itertools.count(2))
+        names[next(name for name in itertools.chain([file.stem], others) if name not in names)] = None
+    return list(names)
+
+
+def _maps(centrality: Centrality, detail: Detail) -> list[tuple[str, NDArray[Any]]]:
+    """Names and maps `[rows, columns]`, in units of the average patch."""
+    shares, times = centrality.shares, centrality.times_average
+    if detail == "mean":
+        return [("", times(shares.mean((0, 1))))]
+    if detail == "layers":
+        return [(f"layer {layer}", values) for layer, values in enumerate(times(shares.mean(1)))]
+    heads = (((layer, head), values) for layer, of in enumerate(times(shares)) for head, values in enumerate(of))
+    return [(f"layer {layer}, head {head}", values) for (layer, head), values in heads]
+
+
+def _top(values: NDArray[Any]) -> float:
+    return float(values.max()) or 1.0
+
+
+def _bare(axes: Axes, image: tuple[int, int]) -> None:
+    axes.set(xlim=(0, image[1]), ylim=(image[0], 0), xticks=[], yticks=[], aspect="equal")
