@@ -1,93 +1,18 @@
-"""`infexport validate parity`."""
+"""`infexport validate`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from infexport.cli.output import Output
-from infexport.cli.providers import engine_option, provider_option
-from infexport.cli.sizes import Sizes
-from infexport.extras import require
+from infexport.cli.accuracy import accuracy
+from infexport.cli.centrality import centrality
+from infexport.cli.parity import parity
 
 
 @click.group()
 def validate() -> None:
-    """Judge a bundle: does it compute what PyTorch does?"""
+    """Judge a bundle: it computes what PyTorch does, it is right, and its attention is what it is said to be."""
 
 
-@validate.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Judge by this one.  [default: the recorded one]")
-@click.option(
-    "--sizes", type=Sizes(), metavar="N|HxW,…", help="Sizes of synthetic images.  [default: trained, smaller, twice]"
-)
-@click.option("--images", type=click.Path(path_type=Path), help="An image or a folder, at native resolution.")
-@provider_option(default=None, help="Judge it there: a provider of ONNX Runtime, or engines.  [default: cpu]")
-@engine_option
-@click.option("--execution", type=click.Choice(["whole", "stream"]), default="whole", show_default=True,
-              help="Judge the whole graph, or the stages that images are streamed through.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
-@click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the verdict says so.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def parity(
-    bundle: Path,
-    checkpoint: Path | None,
-    sizes: list[tuple[int, int]] | None,
-    images: Path | None,
-    provider: str | None,
-    engine: str | None,
-    execution: str,
-    threads: int | None,
-    no_verify: bool,
-    as_json: bool,
-) -> None:
-    """Compare BUNDLE, in ONNX Runtime or its engines, with its checkpoint in PyTorch and with the float64 twin.
-
-    Exit code 0 when every case is within tolerance, 1 when one is not.
-    """
-    out = Output(as_json)
-    require("torch", "safetensors", extra="export")
-    from infexport.bundle import open_bundle
-    from infexport.images import find_images
-    from infexport.runners.opening import Opening
-    from infexport.summary import warnings_of
-    from infexport.validate import default_sizes, recorded_checkpoint, validate
-
-    opened = open_bundle(bundle, verify=not no_verify)
-    if not opened.verified:
-        out.warning("the bundle was modified since it was converted; the verdict is unverified")
-    for line in warnings_of(opened.manifest):
-        out.warning(line)
-    files = [] if images is None else find_images([images])
-    if sizes is None:
-        sizes = default_sizes(opened) if images is None else []
-    path = checkpoint or recorded_checkpoint(opened)
-    opening = Opening(opened, provider or ("engine" if engine else "cpu"), engine, threads)
-    with out.progress(len(sizes) + len(files), "comparing") as bar:
-        report = validate(opened, path, sizes, files, opening, execution == "stream", bar.update)
-    out.table(
-        ["input", "max abs", "mean abs", "relative", "torch's own", "cosine", "top-1", ""],
-        [
-            [
-                case.name,
-                f"{case.bundle.max_abs:.1e}",
-                f"{case.bundle.mean_abs:.1e}",
-                f"{case.bundle.relative:.1e}",
-                f"{case.torch.relative:.1e}",
-                f"{case.bundle.cosine:.9f}",
-                f"{case.bundle.top1_agreement:.0%}",
-                "ok" if case.bundle else "FAILED",
-            ]
-            for case in report.cases
-        ],
-    )
-    for _, error in report.failed:
-        out.error(error)
-    out.data(f"ran on: {report.ran}")
-    out.data(f"tolerance: {report.tolerance}")
-    verdict = "parity holds" if report else "parity FAILED"
-    out.data(verdict if report.verified else f"{verdict} (unverified: the bundle was modified)")
-    out.document(report.to_dict())
-    raise click.exceptions.Exit(0 if report else 1)
+for command in (parity, accuracy, centrality):
+    validate.add_command(command)
