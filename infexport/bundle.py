@@ -65,6 +65,19 @@ class Bundle:
         return labels
 
     @cached_property
+    def changed_checkpoint(self) -> dict[str, Path]:
+        """Name → file, of the recorded checkpoint's that are gone or not what was converted; hashed once.
+
+        Raises:
+            OSError: one that may not be read.
+        """
+        record = self.manifest.checkpoint
+        path = Path(record["path"])
+        folder = path if path.is_dir() else path.parent
+        files = {name: folder / name for name in record["files"]}
+        return {name: file for name, file in files.items() if not _holds(file, record["files"][name])}
+
+    @cached_property
     def engines(self) -> list[dict[str, Any]]:
         """The sidecar of every engine, with `file` and `state` added; hashed once for an opened bundle.
 
@@ -93,6 +106,10 @@ class Bundle:
         """For machines: the manifest, where it lies, what changed, and its engines."""
         state = {"bundle": str(self.path), "verified": self.verified, "changed": list(self.changed)}
         return state | {"engines": self.engines} | dataclasses.asdict(self.manifest)
+
+
+def _holds(file: Path, digest: str) -> bool:
+    return file.is_file() and sha256(file) == digest
 
 
 def _is_sidecar(facts: dict[str, Any]) -> bool:
@@ -143,9 +160,7 @@ def open_bundle(path: Path, verify: bool = True) -> Bundle:
             "make one with: infexport convert checkpoint CHECKPOINT --output BUNDLE",
         )
     manifest = read_manifest(path / FILE)
-    changed = tuple(
-        name for name, digest in manifest.files.items() if not (path / name).is_file() or sha256(path / name) != digest
-    )
+    changed = tuple(name for name, digest in manifest.files.items() if not _holds(path / name, digest))
     if changed and verify:
         raise InfexportError(
             f"the bundle was modified: {path}",

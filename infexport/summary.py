@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from infexport.bundle import Bundle
@@ -38,24 +39,17 @@ def summary_lines(bundle: Bundle) -> list[str]:
             f"neumann     {neumann['terms']} terms; the rest is at most {neumann['a_priori_bound']:.1e} of the values "
             f"for any image (a priori), {neumann['a_posteriori_bound']:.1e} on noise (a posteriori)"
         )
-    for engine in bundle.engines:
-        state = "" if engine["state"] == "current" else f", {engine['state'].upper()}"
-        facts = f"{engine.get('backend')} {engine.get('backend_version')}, compute capability " * ("backend" in engine)
-        lines.append(f"engine      {engine['file']}: {facts}{engine.get('compute_capability', '')}{state}")
     return lines
 
 
 def manifest_lines(bundle: Bundle) -> list[str]:
-    """What `inspect` shows besides: preprocessing, assumptions, versions and hashes."""
+    """What `inspect` shows besides: preprocessing, and what was assumed."""
     manifest = bundle.manifest
-    lines = [f"transform   {_facts(manifest.preprocessing)}"]
+    pixels = {name: value for name, value in manifest.preprocessing.items() if name in ("mean", "std")}
+    transform = {name: value for name, value in manifest.preprocessing.items() if name not in pixels}
+    lines = [f"pixels      {_facts(pixels)}", f"transform   {_facts(transform)}"]
     if manifest.assumed:
-        lines.append(f"assumed     {_facts(manifest.assumed)}")
-    lines.append(f"made with   {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
-    for name, digest in manifest.checkpoint["files"].items():
-        lines.append(f"sha256      {digest}  {name} (checkpoint)")
-    lines.extend(f"sha256      {digest}  {name}" for name, digest in manifest.files.items())
-    lines.extend(f"sha256      {engine.get('sha256')}  engines/{engine['file']}" for engine in bundle.engines)
+        lines += textwrap.wrap(f"assumed     {_facts(manifest.assumed)}", 116, subsequent_indent=" " * 12)
     return lines
 
 

@@ -39,6 +39,11 @@ def work_of(config: Mapping[str, Any], folded: bool, tokens: int) -> Work:
     return Work(tokens * (layers * first.dense + last.dense), tokens * (layers * first.attention + last.attention))
 
 
+def embedding_of(config: Mapping[str, Any], tokens: int) -> int:
+    """Multiply-adds of the patch embedding, for an image of so many tokens, the class token among them."""
+    return (tokens - 1) * 3 * config["patch_size"] ** 2 * config["embed_dim"]
+
+
 def _plain(config: Mapping[str, Any], tokens: int) -> tuple[Work, Work]:
     """Of one token, in a layer before the last and in the last."""
     width = config["embed_dim"]

@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
-
-if TYPE_CHECKING:
-    from infexport.runners import Placement
+from infexport.cli.sizes import Sizes
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@provider_option(default=None, help="Load it there, and show where every node runs.")
+@click.option("--sizes", type=Sizes(), metavar="N|HxW,…",
+              help="Sizes of images to weigh, in whole patches.  [default: trained, 224 to 65536]")  # fmt: skip
+@provider_option(default=None, help="Load it there, and show where every node runs.  [default: cpu, where it loads]")
 @engine_option
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest and the engines as JSON.")
-def inspect(bundle: Path, provider: str | None, engine: str | None, as_json: bool) -> None:
-    """Show what BUNDLE holds and whether it is as it was made.
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON, with the manifest and the engines.")
+def inspect(
+    bundle: Path, sizes: list[tuple[int, int]] | None, provider: str | None, engine: str | None, as_json: bool
+) -> None:
+    """Show what BUNDLE is, whether it is as it was made, and what images of any size take.
+
+    Its files and its checkpoint against their hashes; inputs and outputs; operators and where they run; parameters;
+    arithmetic and memory by size; engines.
 
     Exit code 1 when its files are not what the manifest recorded, or an engine is not what its sidecar says.
     """
+    from infexport.anatomy import graph_of, parts_of, provenance_of, resolutions
     from infexport.bundle import open_bundle
-    from infexport.runners.opening import Opening
+    from infexport.cli import sections
+    from infexport.execution import usual_memory
     from infexport.summary import manifest_lines, summary_lines, warnings_of
 
     out = Output(as_json)
     opened = open_bundle(bundle, verify=False)
     for line in warnings_of(opened.manifest):
         out.warning(line)
+    limit = usual_memory()  # of which the loaded graph will take some
+    provenance, graph = provenance_of(opened), graph_of(opened, provider, engine)
+    parts, sized = parts_of(opened.manifest.config), resolutions(opened, sizes, limit)
     for line in [*summary_lines(opened), *manifest_lines(opened)]:
         out.data(line)
-    document = opened.to_dict()
+    sections.provenance(out, opened, provenance)
+    sections.graph(out, graph)
+    sections.parameters(out, opened, parts)
+    sections.resolutions(out, opened, sized, limit)
+    sections.engines(out, opened)
+    found = graph.to_dict()
+    document = opened.to_dict() | {
+        "provenance": asdict(provenance),
+        "inputs": found.pop("inputs"),
+        "outputs": found.pop("outputs"),
+        "operators": found,
+        "parts": [asdict(part) for part in parts],
+        "memory_limit": limit,
+        "resolutions": [asdict(one) for one in sized],
+    }
     if provider or engine:
-        with Opening(opened, provider or "engine", engine).runner(placed=True) as runner:
-            placement = runner.placement
-            out.data(f"runs on     {runner.provider}, {runner.version}, {runner.precision}")
-        document["placement"] = placement
-        _table(out, placement)
+        document["placement"] = graph.placement
     out.document(document)
     whole = opened.verified and all(engine["state"] in ("current", "stale") for engine in opened.engines)
     raise click.exceptions.Exit(0 if whole else 1)
-
-
-def _table(out: Output, placement: Placement) -> None:
-    operators = sorted({name for counter in placement.values() for name in counter})
-    rows = [[name, *(str(counter[name] or "-") for counter in placement.values())] for name in operators]
-    rows.append(["all", *(str(counter.total()) for counter in placement.values())])
-    out.table(["operator", *placement], rows)
