@@ -37,10 +37,11 @@ def test_the_road(infexport, folder, monkeypatch):
     assert len((folder / "digits.csv").read_text().splitlines()) == 21
 
 
-def test_streaming(infexport, folder, monkeypatch):
+@pytest.mark.parametrize("document", ["centrality.md", "parity.md", "streaming.md"])
+def test_documents(document, infexport, folder, monkeypatch):
     monkeypatch.chdir(folder)
     infexport("convert", "checkpoint", "models/zoo/digits-linear", "--output", "bundle", "--force")
-    (commands,) = blocks("bash", (ROOT / "docs" / "streaming.md").read_text())
+    (commands,) = blocks("bash", (ROOT / "docs" / document).read_text())
     for line in commands.splitlines():
         program, *arguments = shlex.split(line, comments=True)
         if program == "python":

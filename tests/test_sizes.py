@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from support import GOLDEN, relative_error
 
 from infexport.bundle import open_bundle
+from infexport.recorded import load_recorded
 from infexport.runners.ort import OrtRunner
 from infexport.runners.torch import TorchRunner
-from infexport.validate import load_recorded, synthetic_image
+from infexport.synthetic import synthetic_image
 from infvit.config import InfViTConfig
 from infvit.network import InfViT
 

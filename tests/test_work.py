@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infexport.work import Work, work_of
+from infexport.work import Work, embedding_of, work_of
 from infvit.config import SIZES, InfViTConfig
 from infvit.fold import fold
 from infvit.network import InfViT
@@ -73,3 +73,6 @@ def test_torch_counts_the_same(folded):
     expected = work_of(dataclasses.asdict(config), folded, tokens)
     assert counter.get_total_flops() / 2 == pytest.approx(expected.dense, rel=0.02)
     assert expected.dense <= counter.get_total_flops() / 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.patch_embed(torch.randn(1, 3, 40, 24))
+    assert counter.get_total_flops() / 2 == embedding_of(dataclasses.asdict(config), tokens=5 * 3 + 1)

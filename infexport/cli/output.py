@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -133,11 +134,24 @@ def _finite(value: Any) -> Any:
 
 
 def _is_number(cell: str) -> bool:
-    return cell == "-" or cell.replace("%", "").replace("e-", "").replace(".", "").replace("x", "").isdigit()
+    return cell == "-" or cell.replace("e-", "").translate(str.maketrans("", "", "%.,x")).isdigit()
+
+
+TYPED = "infexport.typed"
+"""Where a context keeps the arguments as the user typed them."""
+
+
+def command_line() -> str:
+    """What the user typed, as a shell takes it."""
+    return shlex.join(["infexport", *click.get_current_context().meta[TYPED]])
 
 
 class ErrorGroup(click.Group):
     """Turns what a user can act on into a message and exit code 2, never a traceback; lists commands as added."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[TYPED] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

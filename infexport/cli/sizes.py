@@ -54,14 +54,18 @@ class Sizes(click.ParamType[list[tuple[int, int]]]):
 
 
 class Numbers(click.ParamType[list[int]]):
-    """Whole numbers above zero, `1,4,8`."""
+    """Whole numbers from `least`, `1,4,8`."""
 
     name = "N,…"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if isinstance(value, list):
             return value
         parts = [part.strip() for part in value.split(",")]
-        if not all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
-            self.fail(f"{value!r}: expected whole numbers above zero, such as 1,4,8", param, ctx)
+        numbers = all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
+        if not numbers or min(map(int, parts)) < self.least:
+            self.fail(f"{value!r}: expected whole numbers from {self.least}, such as 1,4,8", param, ctx)
         return [int(part) for part in parts]

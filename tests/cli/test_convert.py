@@ -21,7 +21,7 @@ def test_makes_a_whole_bundle(golden_bundle):
     bundle = golden_bundle("torchvision_linear")
     manifest = json.loads((bundle / "infexport.json").read_text())
     graphs = [stage["graph"] for stage in manifest["stages"]]
-    files = {"infexport.json", "model.onnx", "model.onnx.data", *graphs}
+    files = {"infexport.json", "model.onnx", "model.onnx.data", "centrality.onnx", *graphs}
     assert {path.name for path in bundle.iterdir()} == files
     assert manifest["config"]["num_heads"] == 4
     assert manifest["assumed"]["mean"] == [0.485, 0.456, 0.406]
@@ -99,16 +99,14 @@ def test_neumann_terms_and_tolerance(infexport, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
-def test_without_folding(name, infexport, golden_images, tmp_path):
+def test_without_folding(name, infexport, golden_bundle, golden_images, tmp_path):
     """The same answers from a graph that computes every token to the end."""
     import numpy as np
     from support import relative_error
 
-    config = GOLDEN / f"{name}.json"
     folder, io = golden_images(name)
     for option in ("--fold", "--no-fold"):
-        bundle, output = tmp_path / option, tmp_path / f"{option}.npz"
-        infexport("convert", "checkpoint", GOLDEN / f"{name}.safetensors", "--config", config, option, "-o", bundle)
+        bundle, output = golden_bundle(name, option), tmp_path / f"{option}.npz"
         infexport("run-engine", bundle, folder, "-o", output)
         assert relative_error(np.load(output)["logits"], io["logits_f64"]) <= 5e-6
         assert json.loads((bundle / "infexport.json").read_text())["folded"] is (option == "--fold")

@@ -395,3 +395,11 @@ def test_kernels_that_were_compiled_are_kept(known, tmp_path, monkeypatch):
         assert TensorRTRTX().context(engine, "0123456789abcdef0123", stack) is config
         assert read == [b"old", cache][not known :]
     assert file.read_bytes() == b"new"
+
+
+def test_inspect_loads_an_engine(infexport, folder, gpu):
+    """Its layers are counted beside the graph's nodes, whose inputs and outputs are ONNX Runtime's to tell."""
+    found = json.loads(infexport("inspect", folder, "--engine", "a100-fp32", "--json").stdout)
+    assert found["operators"]["runs_on"].startswith("engine a100-fp32, ")
+    assert found["operators"]["placement"] == found["placement"]
+    assert [each["name"] for each in found["outputs"]] == ["logits", "features"]

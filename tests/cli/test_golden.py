@@ -9,16 +9,15 @@ from support import GOLDEN, MODELS, relative_error
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_the_reference_packages(name, suffix, infexport, golden_images, tmp_path):
-    checkpoint = GOLDEN / f"{name}.safetensors"
-    if suffix == ".pth":
-        state = load_file(checkpoint)
-        checkpoint = tmp_path / f"{name}.pth"
-        torch.save(state, checkpoint)
+def test_logits_are_the_reference_packages(name, suffix, infexport, golden_bundle, golden_images, tmp_path):
     folder, io = golden_images(name)
     bundle, output = tmp_path / "bundle", tmp_path / "out.npz"
-
-    infexport("convert", "checkpoint", checkpoint, "--config", GOLDEN / f"{name}.json", "--output", bundle)
+    if suffix == ".pth":
+        checkpoint = tmp_path / f"{name}.pth"
+        torch.save(load_file(GOLDEN / f"{name}.safetensors"), checkpoint)
+        infexport("convert", "checkpoint", checkpoint, "--config", GOLDEN / f"{name}.json", "--output", bundle)
+    else:
+        bundle = golden_bundle(name)
     infexport("run-engine", bundle, folder, "--output", output, "--features", "--batch-size", 2)
 
     with np.load(output) as arrays:
