@@ -291,3 +291,9 @@ def test_all_pairs_are_never_in_memory():
     finally:
         tracemalloc.stop()
     assert peak < tokens**2 * 8 / 3
+
+
+def test_a_series_without_a_limit_is_refused():
+    q = torch.rand(1, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="no limit"):
+        katz_limit(q, q, 1.0)
