@@ -17,10 +17,10 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPa
 from torch import Tensor
 
 import infsa_ops
+from infexport.centrality import CENTRALITY
 from infexport.graph import attach_bodies
 from infexport.passes.edit import Editor, first_input
 
-CENTRALITY = "centrality"
 OUTPUTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("linear_infsa", "LinearInfSAStateUpdate"): [("energy.mass", "energy.moment"), ("score.mass", "score.moment")],
     ("pure_infsa", "LinearInfSAStateUpdate"): [("row.mass", "row.moment")],

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 Map = NDArray[np.float32]
 
+CENTRALITY = "centrality"
+"""Its name, among the outputs of graphs and stages."""
 MOST_NUMBERS = 2**24
 """Of one image's maps, of all layers and heads: larger grids are summed up in cells."""
 

@@ -17,15 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch.export import Dim
 
-from infexport.activations import CENTRALITY, add_centrality, name_operators, tokens_names, with_outputs
+from infexport.activations import add_centrality, name_operators, tokens_names, with_outputs
 from infexport.bundle import Bundle, create_bundle, open_bundle, seal, sha256
 from infexport.calibration import batches, calibrate
+from infexport.centrality import CENTRALITY
 from infexport.errors import InfexportError
 from infexport.graph import MAX_GRID, export_model
 from infexport.image_model import ImageModel
 from infexport.manifest import CENTRALITY_MODEL, LABELS, MODEL, Manifest, Stage
 from infexport.passes import Inputs, lower
-from infexport.stages import export_stages, save_beside, save_stages
+from infexport.stages import Beside, export_stages
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
@@ -116,10 +117,10 @@ def convert(
         model = ImageModel(exported, preprocessing["mean"], preprocessing["std"], options.input, options.fold).eval()
         status("exporting to ONNX")
         images = batches(options.calibrate, network.config.patch_size, preprocessing, options.input, progress)
-        met = _write_whole(model, folder / MODEL, options.precision, images if options.calibrate else None)
+        met, beside = _write_whole(model, folder / MODEL, options.precision, images if options.calibrate else None)
         stages = None
         if options.fold:
-            stages = save_stages(_lowered(export_stages(model), options.precision, met), folder / MODEL)
+            stages = beside.save_stages(_lowered(export_stages(model), options.precision, met))
         status("hashing")
         manifest = Manifest(
             config=network.config.to_dict(),
@@ -146,9 +147,9 @@ def convert(
 
 def _write_whole(
     model: ImageModel, file: Path, precision: str, images: Iterator[NDArray[Any]] | None
-) -> dict[str, Inputs] | None:
+) -> tuple[dict[str, Inputs] | None, Beside]:
     """Export, lower and save the whole graph, and beside it the one that also gives centrality; what its products met,
-    where images tell.
+    where images tell, and what writes other graphs beside it.
     """
     graph, met = _export(model), None
     if images is not None:
@@ -161,8 +162,9 @@ def _write_whole(
     lower(graph, precision, met)
     _save(with_outputs(graph, OUTPUTS), file)
     onnx.checker.check_model(file, full_check=True)
-    save_beside(with_outputs(graph, [*OUTPUTS, CENTRALITY]), CENTRALITY_MODEL, file)
-    return met
+    beside = Beside(file)
+    beside.save(with_outputs(graph, [*OUTPUTS, CENTRALITY]), CENTRALITY_MODEL)
+    return met, beside
 
 
 def _lowered(

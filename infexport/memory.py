@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from infexport.centrality import MOST_NUMBERS
+from infexport.centrality import CENTRALITY, MOST_NUMBERS
 from infexport.manifest import Manifest
-from infexport.stream.driver import CENTRALITY, PAIR_CHUNKS, layout_of, stages_of
+from infexport.stream.driver import PAIR_CHUNKS, layout_of, stages_of
 from infexport.stream.stores import dtype_of
 
 PROCESS = 105_000_000

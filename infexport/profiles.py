@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from infexport.centrality import CENTRALITY
 from infexport.errors import InfexportError
 from infexport.execution import size_text
 from infexport.manifest import Manifest, Stage
-from infexport.stream.driver import BY_TOKEN, CENTRALITY, PAIR_CHUNKS
+from infexport.stream.driver import BY_TOKEN, PAIR_CHUNKS
 from infexport.targets import Target
 
 Shapes = dict[str, list[list[int]]]

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from infexport.bundle import Bundle
-from infexport.centrality import of_tokens
+from infexport.centrality import CENTRALITY, of_tokens
 from infexport.errors import InfexportError
 from infexport.execution import Image, Policy, Way, choose
 from infexport.images import read_image
@@ -251,7 +251,7 @@ class Run:
         for row, (index, image) in enumerate(batch):
             grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
             logits, features = values["logits"][row], values["features"][row]
-            centrality = of_tokens(values["centrality"][row], grid) if self._policy.centrality else None
+            centrality = of_tokens(values[CENTRALITY][row], grid) if self._policy.centrality else None
             answer = Prediction(_name(files[index]), grid, image.padded_share, logits, features, centrality=centrality)
             self._answer(index, files[index], answer)
 

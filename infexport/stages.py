@@ -16,6 +16,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from torch.export import Dim
 
+from infexport.centrality import CENTRALITY
 from infexport.graph import MAX_GRID, attach_bodies, program_of
 from infexport.image_model import ImageModel
 from infexport.manifest import Stage
@@ -73,27 +74,28 @@ def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
         yield stage, attach_bodies(program.model)
 
 
-def save_stages(stages: Iterable[tuple[Stage, ir.Model | None]], whole: Path) -> list[Stage]:
-    """Write graphs beside the whole graph; what they have in common with it stays where that has it.
+class Beside:
+    """Writes graphs beside the whole graph; what they have in common with it stays where that has it.
 
     Args:
-        stages: as `export_stages` gives them; the graphs in the precision of `whole`.
         whole: the file, its weights in one file of external data.
-
-    Returns:
-        The stages.
     """
-    shared, written = _external(whole), []
-    for stage, graph in stages:
-        if graph is not None:
-            _save(graph, shared, whole.with_name(stage.graph))
-        written.append(stage)
-    return written
 
+    def __init__(self, whole: Path) -> None:
+        self._whole, self._shared = whole, _external(whole)
 
-def save_beside(graph: ir.Model, name: str, whole: Path) -> None:
-    """Write one graph beside the whole graph, as `save_stages` does."""
-    _save(graph, _external(whole), whole.with_name(name))
+    def save(self, graph: ir.Model, name: str) -> None:
+        """Write a graph, in the precision of the whole one, to the file of this name."""
+        _save(graph, self._shared, self._whole.with_name(name))
+
+    def save_stages(self, stages: Iterable[tuple[Stage, ir.Model | None]]) -> list[Stage]:
+        """Write what `export_stages` gives; the stages."""
+        written = []
+        for stage, graph in stages:
+            if graph is not None:
+                self.save(graph, stage.graph)
+            written.append(stage)
+        return written
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -145,7 +147,7 @@ def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor,
             return torch.zeros(1, heads, config.head_dim if isinstance(sweep, Score) else width), {}
         if name == "query" or sweep.over == "class_token":
             return torch.zeros(1, 1, width), {}
-        if name == "centrality":
+        if name == CENTRALITY:
             return torch.zeros(1, 5, heads), {1: keys}
         if sweep.over == "pairs" and name != sweep.inputs[0]:
             return torch.zeros(1, 5, width), {1: keys}

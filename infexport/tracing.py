@@ -20,7 +20,7 @@ from infexport.runners import Stages
 from infexport.runners.ort import session_of
 from infexport.runners.torch import TorchRunner
 from infexport.stream import stream
-from infexport.stream.driver import CENTRALITY, Tokens
+from infexport.stream.driver import Tokens, stages_of
 from infexport.stream.source import ArrayRows, Source
 from infexport.transform import normalise
 
@@ -130,8 +130,7 @@ class StageTracer:
         return Trace(self._tokens, self._states, features, logits)
 
     def _observe(self, stage: int, tokens: Tokens, sums: Mapping[str, NDArray[Any]]) -> None:
-        stages = [stage for stage in self.bundle.manifest.stages or () if not stage.optional]
-        here = stages[stage]
+        here = stages_of(self.bundle.manifest.stages or (), centrality=False)[stage]
         if here.over == "nothing":
             return  # the image goes on with it
         if "tokens" in here.outputs:
@@ -140,5 +139,4 @@ class StageTracer:
             self._states.append({})
         begin = SUMS.get(Path(here.graph).stem.rpartition("-")[2], "energy.")
         for name, value in sums.items():
-            if name != CENTRALITY:
-                self._states[-1][begin + name] = torch.from_numpy(value)
+            self._states[-1][begin + name] = torch.from_numpy(value)

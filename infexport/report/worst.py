@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from infexport.bundle import Bundle
-from infexport.centrality import Centrality, of_tokens
+from infexport.centrality import CENTRALITY, Centrality, of_tokens
 from infexport.errors import InfexportError
 from infexport.heatmaps import overlay
 from infexport.images import Pixels, read_image
@@ -97,7 +97,7 @@ def _centralities(bundle: Bundle, images: Sequence[Pixels], threads: int | None)
             try:
                 if math.prod(grid) <= MANY:
                     whole = whole or stack.enter_context(opening.runner())
-                    centrality = of_tokens(whole.run(pixels[None])["centrality"][0], grid)
+                    centrality = of_tokens(whole.run(pixels[None])[CENTRALITY][0], grid)
                 elif bundle.manifest.stages:
                     source = Source(ArrayRows(pixels), patch, "pad")
                     with opening.stages() as stages:

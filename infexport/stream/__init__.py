@@ -6,9 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from infexport.bundle import Bundle
-from infexport.centrality import Centrality
+from infexport.centrality import CENTRALITY, Centrality
 from infexport.stream.driver import (
-    CENTRALITY,
     Array,
     Driver,
     Observer,

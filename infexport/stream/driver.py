@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from infexport.centrality import CENTRALITY
 from infexport.manifest import Stage
 from infexport.stream.source import Source
 from infexport.stream.stores import Ring, Rows, Store
@@ -20,7 +21,6 @@ from infexport.stream.stores import Ring, Rows, Store
 Array = NDArray[Any]
 Sums = dict[str, NDArray[np.float64]]
 
-CENTRALITY = "centrality"
 BY_TOKEN = ("tokens", "q", "k", "v", "mixed", CENTRALITY)
 """What is kept, a row a token; what else the stages exchange are sums."""
 PAIR_CHUNKS = 4

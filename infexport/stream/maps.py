@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from infexport.centrality import Centrality, step_of, summed
+from infexport.centrality import CENTRALITY, Centrality, step_of, summed
 from infexport.manifest import Stage
-from infexport.stream.driver import CENTRALITY, Array, Tokens
+from infexport.stream.driver import Array, Tokens
 from infexport.stream.stores import scratch_errors
 
 EPSILON = 1e-6

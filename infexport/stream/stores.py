@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from infexport.centrality import CENTRALITY
 from infexport.errors import InfexportError
 
 Rows = NDArray[Any]
@@ -185,7 +186,7 @@ def dtype_of(name: str, precision: str, half: bool) -> type[np.float32] | type[n
         half: keep everything else in float16.
     """
     kernel = precision == "fp16" and name in ("q", "k", "v")
-    return np.float16 if kernel or (half and name not in ("mixed", "centrality")) else np.float32
+    return np.float16 if kernel or (half and name not in ("mixed", CENTRALITY)) else np.float32
 
 
 class Ring:
