@@ -162,7 +162,7 @@ def _write_whole(
     lower(graph, precision, met)
     _save(with_outputs(graph, OUTPUTS), file)
     onnx.checker.check_model(file, full_check=True)
-    beside = Beside(file)
+    beside = Beside(file, graph)
     beside.save(with_outputs(graph, [*OUTPUTS, CENTRALITY]), CENTRALITY_MODEL)
     return met, beside
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import gc
 import hashlib
 import importlib
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,24 @@ from safetensors.numpy import load_file
 from support import GOLDEN, ZOO
 
 from infexport.cli import cli
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Python need not search it for garbage again and again."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def domains_read_once() -> None:
+    """At every export onnxscript parses its library's thousand functions for what it knows of them: their domain."""
+    from onnxscript._internal import values
+
+    kind = getattr(values, "TracedOnnxFunction", object)
+    parsed = vars(kind).get("function_ir")
+    if isinstance(parsed, property) and parsed.fget is not None:
+        once = functools.cached_property(parsed.fget)
+        once.__set_name__(kind, "function_ir")
+        kind.function_ir = once
 
 
 @pytest.fixture(scope="session")
@@ -35,25 +56,36 @@ def infexport() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(
-    infexport: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Callable[..., Path]:
-    """The bundle of a checkpoint, and options: converted once for all tests of all processes, which must not change it.
+def made_once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """A folder made once for all tests of all processes, which must not change it: `make(folder)`, told by `facts`."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if hasattr(request.config, "workerinput") else place) / "shared"
+    place.mkdir(exist_ok=True)
 
-    Converting is most of what the tests take.
-    """
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "bundles"
-    folder.mkdir(exist_ok=True)
+    def get(make: Callable[[Path], object], *facts: Any) -> Path:
+        folder = place / hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                try:
+                    make(folder)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle_of(infexport: Callable[..., Result], made_once: Callable[..., Path]) -> Callable[..., Path]:
+    """The bundle of a checkpoint, and options, as of `made_once`: converting is most of what the tests take."""
 
     def get(checkpoint: Path, *options: Any) -> Path:
-        told = "\0".join(map(str, (checkpoint, *options)))
-        bundle = folder / hashlib.sha256(told.encode()).hexdigest()[:16]
-        with bundle.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not bundle.exists():
-                infexport("convert", "checkpoint", checkpoint, "-o", bundle, *options)
-        return bundle
+        def make(bundle: Path) -> None:
+            infexport("convert", "checkpoint", checkpoint, "-o", bundle, *options)
+
+        return made_once(make, checkpoint, *options)
 
     return get
 
@@ -104,3 +136,9 @@ def train_digits() -> ModuleType:
 def train_canvases() -> ModuleType:
     """The script that trained those that have something to find."""
     return script("train_canvases")
+
+
+@pytest.fixture(scope="session")
+def measure_scale() -> ModuleType:
+    """The script that has what workers on one image exchange."""
+    return script("measure_scale")

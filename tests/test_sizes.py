@@ -16,17 +16,18 @@ from infexport.synthetic import synthetic_image
 from infvit.config import InfViTConfig
 from infvit.network import InfViT
 
-SHAPES = [(1, 32, 32), (3, 48, 48), (3, 32, 48), (1, 224, 224), (3, 224, 112), (1, 8, 1024), (1, 1024, 1024)]
+SHAPES = [(1, 32, 32), (3, 48, 48), (3, 32, 48), (1, 224, 224), (3, 224, 112), (1, 8, 1024)]
 
 
-@pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
-def test_one_graph_serves_every_batch_and_size(name, golden_bundle):
+# all pairs of the 16,385 tokens of 1024² in float64 would be most of what this takes
+@pytest.mark.parametrize(("name", "largest"), [("torchvision_linear", 1024), ("torchvision_pure", 512)])
+def test_one_graph_serves_every_batch_and_size(name, largest, golden_bundle):
     bundle = open_bundle(golden_bundle(name))
     preprocessing = bundle.manifest.preprocessing
     checkpoint = load_recorded(GOLDEN / f"{name}.safetensors", bundle)
     truth = TorchRunner(checkpoint, preprocessing["mean"], preprocessing["std"], torch.float64)
     with OrtRunner(bundle, "cpu") as runner, truth:
-        for batch, height, width in SHAPES:
+        for batch, height, width in (*SHAPES, (1, largest, largest)):
             image = synthetic_image(height, width)
             images = np.ascontiguousarray(np.stack([image, 255 - image, image[::-1]])[:batch])
             logits = runner.run(images)["logits"]

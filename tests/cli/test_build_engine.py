@@ -334,12 +334,9 @@ def test_blocks_of_pairs_are_larger_than_a_chunk():
         check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed - 1)
 
 
-def test_a_bundle_without_stages(infexport, tmp_path):
-    from support import GOLDEN
-
-    source = (GOLDEN / "reference_linear.safetensors", "--config", GOLDEN / "reference_linear.json", "--no-fold")
-    infexport("convert", "checkpoint", *source, "-o", tmp_path / "b")
-    arguments = ("build-engine", tmp_path / "b", "--target", "a100", "--execution", "stream")
+def test_a_bundle_without_stages(infexport, golden_bundle):
+    bundle = golden_bundle("torchvision_linear", "--no-fold")
+    arguments = ("build-engine", bundle, "--target", "a100", "--execution", "stream")
     assert "no stages to build engines for" in infexport(*arguments, exit_code=2).stderr
 
 

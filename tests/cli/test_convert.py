@@ -14,6 +14,8 @@ from support import GOLDEN
 
 CHECKPOINT = GOLDEN / "torchvision_linear.safetensors"
 COMPLETE = ("--variant", "linear_infsa", "--num-heads", "4")
+QUICK = (*COMPLETE, "--no-fold")
+"""Without stages, which are half of what a conversion takes, where something else is looked at."""
 PURE = ("--variant", "pure_infsa", "--num-heads", "4")
 
 
@@ -41,7 +43,7 @@ def test_makes_a_whole_bundle(golden_bundle):
 
 
 def test_says_what_it_assumed_and_prints_json(infexport, tmp_path):
-    result = infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b", "--json")
+    result = infexport("convert", "checkpoint", CHECKPOINT, *QUICK, "-o", tmp_path / "b", "--json")
     assert json.loads(result.stdout)["verified"] is True
     for name in ("norm eps", "mean", "std", "interpolation"):
         assert f"assumed {name}" in result.stderr
@@ -70,28 +72,29 @@ def test_rho_of_a_softmax_checkpoint_can_be_given(infexport, tmp_path):
     assert manifest["rho"] == 0.5
 
 
-def test_float32_input(infexport, golden_images, tmp_path):
+def test_float32_input(infexport, golden_bundle, golden_images):
     import onnxruntime
     from support import relative_error
 
-    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "--input", "float32", "-o", tmp_path / "b")
-    _, io = golden_images("torchvision_linear")
-    session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx")
+    bundle = golden_bundle("reference_linear", "--input", "float32")
+    _, io = golden_images("reference_linear")
+    session = onnxruntime.InferenceSession(bundle / "model.onnx")
     (logits,) = session.run(["logits"], {"pixels": io["pixels"]})
     assert relative_error(logits, io["logits_f64"]) <= 5e-6
-    infexport("validate", "parity", tmp_path / "b", "--sizes", "32,16x48")
+    infexport("validate", "parity", bundle, "--sizes", "32,16x48")
 
 
-def test_neumann_terms_and_tolerance(infexport, tmp_path):
-    checkpoint = GOLDEN / "reference_pure.safetensors"
-    config = ("--config", GOLDEN / "reference_pure.json")
-    infexport("convert", "checkpoint", checkpoint, *config, "--neumann-terms", 3, "-o", tmp_path / "three")
-    manifest = json.loads((tmp_path / "three" / "infexport.json").read_text())
+def test_neumann_terms(infexport, golden_bundle):
+    bundle = golden_bundle("torchvision_pure", "--neumann-terms", "3")
+    manifest = json.loads((bundle / "infexport.json").read_text())
     assert manifest["config"]["neumann_terms"] == 3
     assert 0 < manifest["neumann"]["a_posteriori_bound"] <= manifest["neumann"]["a_priori_bound"]
-    infexport("validate", "parity", tmp_path / "three", "--sizes", "32")
+    infexport("validate", "parity", bundle, "--sizes", "32")
 
-    infexport("convert", "checkpoint", checkpoint, *config, "--neumann-tol", 0.01, "-o", tmp_path / "tol")
+
+def test_neumann_tolerance(infexport, tmp_path):
+    arguments = (GOLDEN / "reference_pure.safetensors", "--config", GOLDEN / "reference_pure.json", "--no-fold")
+    infexport("convert", "checkpoint", *arguments, "--neumann-tol", 0.01, "-o", tmp_path / "tol")
     neumann = json.loads((tmp_path / "tol" / "infexport.json").read_text())["neumann"]
     assert neumann["terms"] >= 30
     assert 0 < neumann["a_posteriori_bound"] < 1e-6
@@ -105,22 +108,22 @@ def test_without_folding(name, infexport, golden_bundle, golden_images, tmp_path
     from support import relative_error
 
     folder, io = golden_images(name)
-    for option in ("--fold", "--no-fold"):
-        bundle, output = golden_bundle(name, option), tmp_path / f"{option}.npz"
+    for folded, options in ((True, ()), (False, ("--no-fold",))):
+        bundle, output = golden_bundle(name, *options), tmp_path / f"{folded}.npz"
         infexport("run-engine", bundle, folder, "-o", output)
         assert relative_error(np.load(output)["logits"], io["logits_f64"]) <= 5e-6
-        assert json.loads((bundle / "infexport.json").read_text())["folded"] is (option == "--fold")
+        assert json.loads((bundle / "infexport.json").read_text())["folded"] is folded
         # what the final norm meets: the class token alone, or every token
         graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
         final = [node.input[0] for node in graph.node if node.op_type == "LayerNormalization"][-1]
         (tokens,) = (value.type.tensor_type.shape.dim[1] for value in graph.value_info if value.name == final)
-        assert (tokens.dim_value == 1) is (option == "--fold")
+        assert (tokens.dim_value == 1) is folded
 
 
 def test_labels_from_lines(infexport, tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"class {i}\n" for i in range(10)))
-    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "--labels", labels, "-o", tmp_path / "b")
+    infexport("convert", "checkpoint", CHECKPOINT, *QUICK, "--labels", labels, "-o", tmp_path / "b")
     assert json.loads((tmp_path / "b" / "labels.json").read_text())[3] == "class 3"
     labels.write_text("only one\n")
     result = infexport(
@@ -129,14 +132,15 @@ def test_labels_from_lines(infexport, tmp_path):
     assert "received 1 labels, expected 10" in result.stderr
 
 
-def test_an_output_is_replaced_only_with_force(infexport, tmp_path):
-    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b")
+def test_an_output_is_replaced_only_with_force(infexport, golden_bundle, tmp_path):
+    shutil.copytree(golden_bundle("torchvision_linear"), tmp_path / "b")
     before = (tmp_path / "b" / "infexport.json").stat().st_ino
     result = infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b", exit_code=2)
     assert "--force" in result.stderr
     assert (tmp_path / "b" / "infexport.json").stat().st_ino == before
-    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b", "--force")
+    infexport("convert", "checkpoint", CHECKPOINT, *COMPLETE, "--fold", "-o", tmp_path / "b", "--force")
     assert (tmp_path / "b" / "infexport.json").stat().st_ino != before
+    assert json.loads((tmp_path / "b" / "infexport.json").read_text())["folded"] is True
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
@@ -252,7 +256,7 @@ def test_a_linked_checkpoint_can_be_validated(infexport, tmp_path):
     (tmp_path / "snapshot").mkdir()
     shutil.copy(CHECKPOINT, tmp_path / "blobs" / "deadbeef")
     (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/deadbeef")
-    convert = ("convert", "checkpoint", tmp_path / "snapshot" / "model.safetensors", *COMPLETE)
+    convert = ("convert", "checkpoint", tmp_path / "snapshot" / "model.safetensors", *QUICK)
     infexport(*convert, "-o", tmp_path / "b")
     infexport("validate", "parity", tmp_path / "b", "--sizes", "32")
 
@@ -284,7 +288,7 @@ def test_a_huggingface_folder(infexport, golden_images, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}, "resample": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    infexport("convert", "checkpoint", folder, "--variant", "linear_infsa", "-o", tmp_path / "b")
+    infexport("convert", "checkpoint", folder, "--variant", "linear_infsa", "--no-fold", "-o", tmp_path / "b")
     manifest = json.loads((tmp_path / "b" / "infexport.json").read_text())
     assert manifest["preprocessing"] == {
         "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "exact", "resize_size": 32, "crop_size": 32,
