@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from infexport.graph import export
+    from infexport.predictor import Predictor
 
-__all__ = ["__version__", "export"]
+__all__ = ["Predictor", "__version__", "export"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from infexport.graph import export
 
         return export
+    if name == "Predictor":
+        from infexport.predictor import Predictor
+
+        return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,8 +19,9 @@ from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.labelled import Classes, Labelled
 from infexport.outputs import written
-from infexport.predictions import ELSEWHERE, Failure, Prediction
-from infexport.run import Listener, Request, Run
+from infexport.predictions import ELSEWHERE, Failure, Prediction, Row
+from infexport.predictor import Predictor
+from infexport.run import Listener, Request
 from infexport.runners.opening import Opening
 
 SUFFIXES = (".csv",)
@@ -240,18 +241,18 @@ def evaluate(
     """
     files = [image.file for image in images]
     clock, network_clock = Clock(listener), Clock(listener)
-    answers, failures = Run(bundle, request, clock).by_index(files)
+    with Predictor.of(bundle, request) as predictor:
+        answers, failed = _parted(predictor.predict(files, clock))
     answered = sorted(answers)
-    failed = [failures[index] for index in sorted(failures)]
     theirs: dict[int, Prediction] = {}
     if network is not None:
         listener.image(len(files) - len(answered))
         # in the same batches, but whole: PyTorch has no stages
         alone = replace(request.policy, execution="whole", scratch=None)
-        run = Run(bundle, replace(request, policy=alone), network_clock, network)
-        found, failures = run.by_index([files[index] for index in answered])
+        with Predictor.of(bundle, replace(request, policy=alone), network) as predictor:
+            found, failures = _parted(predictor.predict([files[index] for index in answered], network_clock))
         theirs = {answered[place]: answer for place, answer in found.items()}
-        failed += _by_pytorch(failures[place] for place in sorted(failures))
+        failed += _by_pytorch(failures)
     return Report(
         bundle.path,
         bundle.verified,
@@ -266,7 +267,13 @@ def evaluate(
     )
 
 
-def _by_pytorch(failures: Iterator[Failure]) -> Iterator[Failure]:
+def _parted(rows: Sequence[Row]) -> tuple[dict[int, Prediction], list[Failure]]:
+    """Predictions by their place, and failures."""
+    answers = {index: row for index, row in enumerate(rows) if isinstance(row, Prediction)}
+    return answers, [row for row in rows if isinstance(row, Failure)]
+
+
+def _by_pytorch(failures: Sequence[Failure]) -> Iterator[Failure]:
     """Failures of an image that the bundle could answer."""
     for failure in failures:
         error = failure.error

@@ -26,7 +26,7 @@ class Policy:
 
     Attributes:
         execution: `auto` takes the fastest way that fits.
-        memory: bytes the process may take.
+        memory: bytes the process may take; None for `usual_memory`.
         scratch: folder for tokens; None keeps them in memory where they fit.
         chunk: tokens at a time; None for what suits what runs them.
         half: keep tokens in float16.
@@ -35,7 +35,7 @@ class Policy:
     """
 
     execution: Execution
-    memory: int
+    memory: int | None
     scratch: Path | None
     chunk: int | None
     half: bool
@@ -88,19 +88,16 @@ def choose(bundle: Bundle, policy: Policy, image: Image) -> Way:
         InfexportError: none fits, with the smallest that would do; or the bundle has no stages.
     """
     found = estimates(bundle, policy, image)
+    room = usual_memory() if policy.memory is None else policy.memory
     if policy.execution == "stream" and bundle.manifest.stages is None:
-        raise InfexportError(
-            "this bundle has no stages to stream through",
-            "it was converted with --no-fold, or by an earlier infexport",
-            "convert the checkpoint again",
-        )
+        raise no_stages()
     ways: list[Way] = ["whole"]
     if policy.execution != "whole" and bundle.manifest.stages is not None:
         ways = ["memory", "disk"] if policy.scratch is None else ["disk"]
         if policy.execution == "auto" and policy.scratch is None:
             ways.insert(0 if image.tokens <= WHOLE_TOKENS + 1 else 1, "whole")
     for way in ways:
-        if found[way] <= policy.memory:
+        if found[way] <= room:
             return way
     least = min(found, key=lambda way: found[way])
     how = {
@@ -109,10 +106,19 @@ def choose(bundle: Bundle, policy: Policy, image: Image) -> Way:
         "disk": "--execution stream with tokens on disk",
     }
     raise InfexportError(
-        f"an image of {image.tokens:,} tokens does not fit into {size_text(policy.memory)}",
+        f"an image of {image.tokens:,} tokens does not fit into {size_text(room)}",
         "\n".join(f"{how[way]} needs about {size_text(found[way])}" for way in ways),
         f"the smallest that would do: --memory {size_text(found[least], up=True)}"
         + ("" if least in ways else f" and {how[least]}"),
+    )
+
+
+def no_stages() -> InfexportError:
+    """The error of a bundle that cannot be streamed."""
+    return InfexportError(
+        "this bundle has no stages to stream through",
+        "it was converted with --no-fold, or by an earlier infexport",
+        "convert the checkpoint again",
     )
 
 

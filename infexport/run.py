@@ -14,13 +14,14 @@ from typing import Literal
 
 import numpy as np
 
-from infexport.bundle import Bundle
+from infexport.bundle import Bundle, sha256
 from infexport.centrality import CENTRALITY, of_tokens
 from infexport.errors import InfexportError
-from infexport.execution import Image, Policy, Way, choose
-from infexport.images import read_image
+from infexport.execution import Image, Policy, Way, choose, usual_memory
+from infexport.images import Pixels, read_image
 from infexport.machine import cache_folder, usable_cores
-from infexport.predictions import Failure, Prediction
+from infexport.predictions import Failure, Prediction, Row
+from infexport.remote import Item, at_hand, is_url, shown
 from infexport.runners import Deployed, Runner, Stages, spread
 from infexport.runners.opening import Opening
 from infexport.stream import CHUNK, stream
@@ -73,57 +74,65 @@ class Listener:
 class Run:
     """Runs images through a bundle, images of equal grids together where they are run whole.
 
+    What the first image starts, serves those of later calls until it is closed.
+
     Args:
         bundle: whose preprocessing is applied.
         request: what is asked for.
-        listener: told of it.
         opening: what opens the runners; None for what the request names.
     """
 
-    def __init__(self, bundle: Bundle, request: Request, listener: Listener, opening: Opening | None = None) -> None:
-        self.bundle, self.request, self.listener = bundle, request, listener
+    def __init__(self, bundle: Bundle, request: Request, opening: Opening | None = None) -> None:
+        self.bundle, self.request, self.listener = bundle, request, Listener()
         self._transform = transform_of(bundle.manifest.preprocessing)
         self._patch = bundle.manifest.config["patch_size"]
-        self._answers: dict[int, Prediction] = {}
-        self._failures: dict[int, Failure] = {}
+        self._rows: dict[int, Row] = {}
         self._sessions = ExitStack()
         ways = request.provider, request.engine, request.threads, request.policy.centrality
         self._opening = opening or Opening(bundle, *ways)
-        self._on_gpu = False
+
+    def close(self) -> None:
+        self._sessions.close()
 
     @cached_property
     def _policy(self) -> Policy:
-        """As asked for, with the chunk that engines were built for where none was named."""
+        """As asked for, with the chunk that engines were built for and what memory there is where none was named."""
         streaming = self._opening.engines.get("stream")
         chunk = self.request.policy.chunk or (streaming and streaming.chunk) or CHUNK
-        return replace(self.request.policy, chunk=chunk)
+        return replace(self.request.policy, chunk=chunk, memory=self.request.policy.memory or usual_memory())
 
-    def __call__(self, files: Sequence[Path]) -> tuple[list[Prediction], list[Failure]]:
-        """Predictions and failures, each in the order of `files`.
+    @cached_property
+    def _on_gpu(self) -> bool:
+        """Whether images that are run whole are run on a GPU; what is first asked of a run, so notes are told here."""
+        on_gpu = bool(self._opening.engines) or (self._opening.seeks_gpu and self._runner.provider != "cpu")
+        for note in self._opening.notes:
+            self.listener.status(note)
+        return on_gpu
+
+    def __call__(self, images: Sequence[Item], listener: Listener | None = None) -> list[Row]:
+        """A row for every image, in their order: what is wrong with an image is a failure of that image.
+
+        Args:
+            images: as of `remote.Item`.
+            listener: told of it.
 
         Raises:
-            InfexportError: the bundle cannot be run at all. What is wrong with an image is a failure of that image.
+            InfexportError: the bundle cannot be run at all.
         """
-        answers, failures = self.by_index(files)
-        return [answers[i] for i in sorted(answers)], [failures[i] for i in sorted(failures)]
-
-    def by_index(self, files: Sequence[Path]) -> tuple[dict[int, Prediction], dict[int, Failure]]:
-        """Predictions and failures by their place in `files`; raises as a call does."""
-        with self._sessions:
-            self._on_gpu = bool(self._opening.engines) or (self._opening.seeks_gpu and self._runner.provider != "cpu")
-            for note in self._opening.notes:
-                self.listener.status(note)
-            if "whole" in self._opening.engines and self._policy.execution != "stream":
-                _ = self._runner  # one that cannot be loaded is no image's failure
-            for batch in _batches(self._whole_images(files), self.request.policy.batch):
-                runner = self._runner
-                with self._failing(files, [index for index, _ in batch], _shapes(batch)):
-                    self._run_whole(runner, batch, files)
-                self.listener.image(len(batch))
-        return self._answers, self._failures
+        self._rows, self.listener = {}, listener or Listener()
+        _ = self._on_gpu
+        if "whole" in self._opening.engines and self._policy.execution != "stream":
+            _ = self._runner  # one that cannot be loaded is no image's failure
+        for batch in _batches(self._whole_images(images), self.request.policy.batch):
+            runner = self._runner
+            with self._failing(images, [index for index, _ in batch], _shapes(batch)):
+                self._run_whole(runner, batch, images)
+            self.listener.image(len(batch))
+        rows, self._rows, self.listener = self._rows, {}, Listener()  # which may hold on to much
+        return [rows[index] for index in range(len(images))]
 
     @contextmanager
-    def _failing(self, files: Sequence[Path], indices: Sequence[int], doing: str) -> Iterator[None]:
+    def _failing(self, images: Sequence[Item], indices: Sequence[int], doing: str) -> Iterator[None]:
         """What goes wrong here is a failure of these images."""
         try:
             yield
@@ -132,7 +141,7 @@ class Run:
             reason = _out_of_memory(doing)
             if isinstance(error, InfexportError):
                 reason = InfexportError(error.summary, error.details, error.hint)
-            self._failures |= {index: Failure(_name(files[index]), reason) for index in indices}
+            self._rows |= {index: Failure(name_of(images, index), reason) for index in indices}
 
     @cached_property
     def _runner(self) -> Deployed:
@@ -149,35 +158,32 @@ class Run:
         self.listener.running(stages.provider, stages.precision)
         return stages
 
-    def _whole_images(self, files: Sequence[Path]) -> Iterator[tuple[int, Fitted]]:
+    def _whole_images(self, images: Sequence[Item]) -> Iterator[tuple[int, Fitted]]:
         """The images that are run whole; what is streamed is run here."""
-        for index, file in enumerate(files):
+        for index, item in enumerate(images):
             opened: Fitted | tuple[Source, Way] | None = None
-            with self._failing(files, [index], "while reading it"):
-                opened = self._open(file)
+            with ExitStack() as held:
+                with self._failing(images, [index], "while reading it"):
+                    image = held.enter_context(at_hand(item)) if isinstance(item, Path | str) else _checked(item)
+                    opened = self._open(image)
+                if isinstance(opened, tuple):
+                    stages = self._stages
+                    with self._failing(images, [index], "while streaming it"):
+                        key = item if isinstance(item, str) and is_url(item) else image
+                        self._answer(index, self._stream(name_of(images, index), key, image, *opened, stages))
             if isinstance(opened, Fitted):
                 yield index, opened
-                continue
-            if opened is not None:
-                stages = self._stages
-                with self._failing(files, [index], "while streaming it"):
-                    self._answer(index, file, self._stream(file, *opened, stages))
-            self.listener.image(1)
+            else:
+                self.listener.image(1)
 
-    def _open(self, file: Path) -> Fitted | tuple[Source, Way]:
+    def _open(self, image: Path | Pixels) -> Fitted | tuple[Source, Way]:
         """An image that is to be run whole, or one to be streamed, and how."""
-        request = self.request
-        rows: Rows
-        if request.size == "native":
-            rows = open_rows(file)
-        else:
-            rows = ArrayRows(resized(read_image(file), request.size, self._transform))
-        source = Source(rows, self._patch, request.edge)
-        way = self._way(source, rows.loaded)
+        source = source_of(image, self.bundle, self.request)
+        way = self._way(source, source.rows.loaded)
         if way != "whole":
             return source, way
-        pixels = rows.pixels if isinstance(rows, ArrayRows) else read_image(file)
-        return fit(pixels, self._patch, "native", self._transform, request.edge)
+        pixels = source.rows.pixels if isinstance(source.rows, ArrayRows) else _pixels(image)
+        return fit(pixels, self._patch, "native", self._transform, self.request.edge)
 
     def _way(self, source: Source, loaded: int) -> Way:
         policy = self._policy
@@ -198,13 +204,15 @@ class Run:
         shape = (1, *(side * self._patch for side in source.grid), 3)
         return self._runner.takes(shape) or (self._opening.engines_alone and "stream" not in engines)
 
-    def _stream(self, file: Path, source: Source, way: Way, stages: Stages) -> Prediction:
+    def _stream(
+        self, name: str, key: Path | str | Pixels, image: Path | Pixels, source: Source, way: Way, stages: Stages
+    ) -> Prediction:
         policy, listener = self._policy, self.listener
         scratch: Scratch | None = None
         with ExitStack() as stack:
             if way == "disk":
                 root = policy.scratch or cache_folder()
-                identity = self._identity(file, source.rows, stages)
+                identity = self._identity(key, image, source.rows, stages)
                 scratch = stack.enter_context(Scratch(root, identity, listener.status))
             found = stream(
                 self.bundle,
@@ -213,12 +221,12 @@ class Run:
                 scratch,
                 policy.chunk or CHUNK,
                 policy.half,
-                lambda stage, done, total: listener.sweep(_name(file), stage, done, total),
+                lambda stage, done, total: listener.sweep(name, stage, done, total),
                 policy.centrality,
             )
         kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}{' in float16' if policy.half else ''}"
         return Prediction(
-            _name(file),
+            name,
             source.grid,
             source.padded_share,
             found.logits,
@@ -228,7 +236,7 @@ class Run:
             found.centrality,
         )
 
-    def _identity(self, file: Path, rows: Rows, stages: Stages) -> Identity:
+    def _identity(self, key: Path | str | Pixels, image: Path | Pixels, rows: Rows, stages: Stages) -> Identity:
         """What decides an image's answer to the last bit."""
         request, manifest = self.request, self.bundle.manifest
         facts = {
@@ -244,28 +252,60 @@ class Run:
             "runtime": stages.identity,
             "infexport": importlib.metadata.version("infexport"),
         }
-        return Identity(file, facts)
+        if isinstance(key, str):  # its copy has another name each time
+            assert isinstance(image, Path), "fetched"
+            return Identity(np.frombuffer(key.encode(), np.uint8), facts | {"content": sha256(image)})
+        return Identity(key, facts)
 
-    def _run_whole(self, runner: Runner, batch: Sequence[tuple[int, Fitted]], files: Sequence[Path]) -> None:
+    def _run_whole(self, runner: Runner, batch: Sequence[tuple[int, Fitted]], images: Sequence[Item]) -> None:
         values = runner.run(np.stack([image.pixels for _, image in batch]))
         for row, (index, image) in enumerate(batch):
             grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
             logits, features = values["logits"][row], values["features"][row]
             centrality = of_tokens(values[CENTRALITY][row], grid) if self._policy.centrality else None
-            answer = Prediction(_name(files[index]), grid, image.padded_share, logits, features, centrality=centrality)
-            self._answer(index, files[index], answer)
+            name = name_of(images, index)
+            self._answer(index, Prediction(name, grid, image.padded_share, logits, features, centrality=centrality))
 
-    def _answer(self, index: int, file: Path, answer: Prediction) -> None:
+    def _answer(self, index: int, answer: Prediction) -> None:
         if np.isfinite(answer.logits).all():
-            self._answers[index] = answer if self.request.keep_centrality else replace(answer, centrality=None)
+            self._rows[index] = answer if self.request.keep_centrality else replace(answer, centrality=None)
             self.listener.answer(index, answer)
         else:
-            self._failures[index] = Failure(_name(file), _not_finite(_name(file)))
+            self._rows[index] = Failure(answer.file, not_finite(answer.file))
 
 
-def _name(file: Path) -> str:
+def source_of(image: Path | Pixels, bundle: Bundle, request: Request) -> Source:
+    """An image as it is asked for.
+
+    Raises:
+        InfexportError: it cannot be read, or cutting leaves nothing of it.
+    """
+    rows: Rows
+    if request.size == "native":
+        rows = open_rows(image) if isinstance(image, Path) else ArrayRows(image)
+    else:
+        rows = ArrayRows(resized(_pixels(image), request.size, transform_of(bundle.manifest.preprocessing)))
+    return Source(rows, bundle.manifest.config["patch_size"], request.edge)
+
+
+def _pixels(image: Path | Pixels) -> Pixels:
+    return read_image(image) if isinstance(image, Path) else image
+
+
+def _checked(pixels: Pixels) -> Pixels:
+    if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:
+        return pixels
+    received = f"received {pixels.dtype} {list(pixels.shape)}, expected uint8 [height, width, 3]"
+    raise InfexportError("an array that is no image", received)
+
+
+def name_of(images: Sequence[Item], index: int) -> str:
+    """Of an image, for people."""
+    item = images[index]
+    if isinstance(item, str) and is_url(item):
+        return shown(item)
     # a name that is no UTF-8 must not end the run when it is written
-    return os.fsencode(file).decode("utf-8", "replace")
+    return os.fsencode(item).decode("utf-8", "replace") if isinstance(item, Path | str) else f"image {index}"
 
 
 def _batches(images: Iterator[tuple[int, Fitted]], batch_size: int) -> Iterator[list[tuple[int, Fitted]]]:
@@ -289,7 +329,8 @@ def _out_of_memory(doing: str) -> InfexportError:
     return InfexportError("not enough memory for an image", doing, "try a smaller --size or --batch-size")
 
 
-def _not_finite(file: str) -> InfexportError:
+def not_finite(file: str) -> InfexportError:
+    """The error of an answer that has no number for a class."""
     return InfexportError(
         f"the model's answer is not finite: {file}",
         hint="infexport validate parity --images tells whether PyTorch's is",

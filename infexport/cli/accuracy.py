@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from infexport.cli.options import Bytes, Size
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
-from infexport.cli.run_engine import EXECUTIONS, Size
-from infexport.cli.sizes import Bytes
+from infexport.cli.run_engine import EXECUTIONS
 from infexport.errors import InfexportError
 from infexport.extras import require
 
@@ -76,7 +76,7 @@ def accuracy(
     from infexport.bundle import open_bundle
     from infexport.cli.told import Told
     from infexport.evaluate import SUFFIXES, evaluate
-    from infexport.execution import Policy, usual_memory
+    from infexport.execution import Policy
     from infexport.labelled import Classes, read_labelled
     from infexport.outputs import check_writable
     from infexport.predictions import ELSEWHERE
@@ -96,8 +96,7 @@ def accuracy(
         out.warning("the bundle was modified since it was converted; the report is of what it is now")
     for line in warnings_of(opened.manifest):
         out.warning(line)
-    limit = usual_memory() if memory is None else memory
-    request = Request(Policy(execution, limit, None, chunk, False, batch_size), size, edge, provider, engine, threads)
+    request = Request(Policy(execution, memory, None, chunk, False, batch_size), size, edge, provider, engine, threads)
     with out.progress(len(images) * (1 if no_pytorch else 2), "images") as bar:
         report = evaluate(opened, images, classes, request, Told(out, opened, bar), network, min_top1)
     if output is not None:

@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
 from infexport.stream.driver import Position
@@ -29,23 +31,32 @@ class Identity:
     """What a run is of: it goes on only where all of this is the same.
 
     Attributes:
-        image: the file.
+        image: the file, or its pixels.
         facts: what else decides the answer, as JSON has it.
     """
 
-    image: Path
+    image: Path | NDArray[Any]
     facts: dict[str, Any]
 
     @property
     def name(self) -> str:
         """Of the folder: the same for an image at the same place."""
-        return PREFIX + hashlib.sha256(os.fsencode(self.image.absolute())).hexdigest()[:16]
+        return PREFIX + self._digest[:16]
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the file's name, or of the pixels."""
+        if isinstance(self.image, Path):
+            return hashlib.sha256(os.fsencode(self.image.absolute())).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.image).data).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        status = self.image.stat()
+        stamp: dict[str, Any] = {"image": self._digest}
+        if isinstance(self.image, Path):
+            status = self.image.stat()
+            stamp |= {"image size": status.st_size, "image time": status.st_mtime_ns}
         # tokens that were written live in the system's cache: a killed process loses none, a power cut may
         boot = BOOT.read_text().strip() if BOOT.is_file() else ""
-        stamp = {"image": str(self.image.absolute()), "image size": status.st_size, "image time": status.st_mtime_ns}
         facts: dict[str, Any] = json.loads(json.dumps(self.facts))
         return stamp | facts | {"system start": boot}
 
@@ -76,7 +87,7 @@ class Scratch:
             self._lock = _locked(self.folder)
             if self._lock is None:
                 raise InfexportError(
-                    f"this image is being run already: {self._identity.image}",
+                    "this image is being run already",
                     f"another process is in {self.folder}",
                     "wait for it, or give another --scratch",
                 )

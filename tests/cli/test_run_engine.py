@@ -83,7 +83,13 @@ def test_images_that_fail_don_t_stop_the_others(infexport, bundle, photographs, 
     assert [failure["file"] for failure in report["failed"]] == [str(files[0]), str(files[2])]
     assert result.stderr.count("error:") == 2
     assert "Traceback" not in result.stderr
-    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [str(file) for file in files]
+    assert [bool(row["label_1"]) for row in rows] == [False, True, False]
+    assert [row["error"].partition(":")[0] for row in rows] == [
+        "not an image that can be read", "", "damaged or truncated image",
+    ]  # fmt: skip
 
 
 def test_a_batch_that_fails_doesn_t_stop_the_others(infexport, bundle, photographs, monkeypatch):
@@ -113,11 +119,15 @@ def test_when_every_image_fails_the_file_says_so(infexport, bundle, tmp_path):
         output = tmp_path / f"out.{suffix}"
         output.write_text("from an earlier run")
         infexport("run-engine", bundle, tmp_path / "a.png", "-o", output, "--features", exit_code=1)
-    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1
+    with (tmp_path / "out.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert "not an image" in row["error"]
     assert len(json.loads((tmp_path / "out.json").read_text())["failed"]) == 1
     with np.load(tmp_path / "out.npz") as arrays:
-        assert arrays["logits"].shape == (0, 10)
-        assert arrays["features"].shape == (0, 64)
+        assert arrays["logits"].shape == (1, 10)
+        assert arrays["features"].shape == (1, 64)
+        assert np.isnan(arrays["logits"]).all()
+        assert "not an image" in arrays["errors"][0]
 
 
 def test_a_file_name_that_is_no_utf8(infexport, bundle, photographs, tmp_path):
