@@ -81,7 +81,7 @@ def kept(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool,
     config = manifest.config
     assert manifest.stages is not None, "the caller checks that there are stages"
     stages, total = stages_of(manifest.stages, centrality), 0
-    for name, spare in layout_of(stages, tokens, chunk, on_disk, centrality).spare.items():
+    for name, spare in layout_of(stages, range(tokens), chunk, on_disk, centrality).spare.items():
         columns = config["num_heads" if name == CENTRALITY else "embed_dim"]
         total += (tokens + spare) * columns * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
     return total

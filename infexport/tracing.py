@@ -134,7 +134,7 @@ class StageTracer:
         if here.over == "nothing":
             return  # the image goes on with it
         if "tokens" in here.outputs:
-            rows = tokens.read(stage + 1, "tokens", 0, tokens.layout.rows)
+            rows = tokens.read(stage + 1, "tokens", 0, tokens.layout.rows.stop)
             self._tokens.append(torch.from_numpy(np.array(rows)))
             self._states.append({})
         begin = SUMS.get(Path(here.graph).stem.rpartition("-")[2], "energy.")

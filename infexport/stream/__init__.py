@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from infexport.bundle import Bundle
-from infexport.centrality import CENTRALITY, Centrality
+from infexport.centrality import Centrality
 from infexport.stream.driver import (
     Array,
     Driver,
@@ -21,7 +21,7 @@ from infexport.stream.driver import (
 from infexport.stream.maps import Maps
 from infexport.stream.scratch import Scratch
 from infexport.stream.source import Source
-from infexport.stream.stores import FileStore, HalfStore, MemoryStore, Store, dtype_of
+from infexport.stream.stores import Stores
 
 CHUNK = 1024
 """Tokens at a time: their hidden layer stays in a CPU's cache, and a matrix product loses nothing."""
@@ -73,31 +73,15 @@ def stream(
         InfexportError: no room for the tokens, a damaged image, or a stage that fails.
     """
     assert bundle.manifest.stages is not None, "the caller checks that there are stages"
-    stages, precision = stages_of(bundle.manifest.stages, centrality), runner.precision
+    stages = stages_of(bundle.manifest.stages, centrality)
     config = bundle.manifest.config
     position = Position() if scratch is None or scratch.position is None else scratch.position
-    halves: list[HalfStore] = []
-
-    def make(name: str, rows: int) -> Store:
-        dtype = dtype_of(name, precision, half)
-        width = config["num_heads" if name == CENTRALITY else "embed_dim"]
-        store: Store
-        if scratch is None:
-            store = MemoryStore(rows, width, dtype)
-        else:
-            store = FileStore(scratch.folder / name, rows, width, dtype)
-        if dtype == dtype_of(name, precision, half=False):
-            return store
-        halves.append(HalfStore(store))
-        halves[-1].squares = position.squares.setdefault(name, halves[-1].squares)
-        return halves[-1]
-
+    stores = Stores(config, runner.precision, half, None if scratch is None else scratch.folder, position.squares)
     maps = Maps(stages, config, source.grid, None if scratch is None else scratch.folder) if centrality else None
-    layout = layout_of(stages, source.tokens, chunk, scratch is not None, centrality)
-    with closing(Tokens(layout, make)) as tokens:
+    layout = layout_of(stages, range(source.tokens), chunk, scratch is not None, centrality)
+    with closing(Tokens(layout, stores)) as tokens:
         record = None if scratch is None else scratch.record
         driver = Driver(stages, runner, source, tokens, chunk, progress, record, maps or observe)
         outputs = driver.run(position)
-    rounding = max((store.relative_error for store in halves), default=0.0)
     found = None if maps is None else maps.result()
-    return Streamed(outputs["logits"][0], outputs["features"][0], rounding, found)
+    return Streamed(outputs["logits"][0], outputs["features"][0], stores.relative_error, found)

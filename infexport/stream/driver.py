@@ -75,12 +75,12 @@ class Layout:
     """Which rows are kept, and how often they are written.
 
     Attributes:
-        rows: N, tokens of the image, the class token first.
+        rows: of the image's tokens, the class token first: all, or those of a shard.
         spare: name → spare rows of its `Ring`.
         generations: for every stage, name → by how many stages before it the rows were written.
     """
 
-    rows: int
+    rows: range
     spare: dict[str, int]
     generations: list[dict[str, int]]
 
@@ -90,8 +90,8 @@ def stages_of(stages: Sequence[Stage], centrality: bool) -> list[Stage]:
     return [stage for stage in stages if centrality or not stage.optional]
 
 
-def layout_of(stages: Sequence[Stage], rows: int, chunk: int, resumable: bool, centrality: bool = False) -> Layout:
-    """What has to be kept for an image of `rows` tokens."""
+def layout_of(stages: Sequence[Stage], rows: range, chunk: int, resumable: bool, centrality: bool = False) -> Layout:
+    """What has to be kept of the tokens `rows`."""
     spare: dict[str, int] = {}
     generations: list[dict[str, int]] = []
     written: dict[str, int] = {}
@@ -103,7 +103,7 @@ def layout_of(stages: Sequence[Stage], rows: int, chunk: int, resumable: bool, c
             needed = 0
             if name in stage.inputs:
                 # pairs read all rows until the last is written
-                needed = rows if stage.over == "pairs" else min(rows, RECORD_CHUNKS * chunk * resumable)
+                needed = len(rows) if stage.over == "pairs" else min(len(rows), RECORD_CHUNKS * chunk * resumable)
             spare[name] = max(spare.get(name, 0), needed)
             # the class token and the image are written as one
             written[name] = written.get(name, 0) + (stage.over != "nothing")
@@ -123,19 +123,20 @@ class Tokens:
         self._rings: dict[str, Ring] = {}
         try:
             for name, spare in layout.spare.items():
-                self._rings[name] = Ring(make(name, layout.rows + spare), layout.rows, spare)
+                self._rings[name] = Ring(make(name, len(layout.rows) + spare), len(layout.rows), spare)
         except BaseException:
             self.close()  # the first ones fitted
             raise
 
     def read(self, stage: int, name: str, start: int, stop: int) -> Array:
-        """Rows `[1, stop − start, E]` as they were before the stage."""
-        rows = self._rings[name].read(start, stop, self.layout.generations[stage][name] - 1)
-        return rows[None]
+        """Rows `[1, stop − start, E]` as they were before the stage; counted as in the image."""
+        first, generation = self.layout.rows.start, self.layout.generations[stage][name] - 1
+        return self._rings[name].read(start - first, stop - first, generation)[None]
 
     def write(self, stage: int, name: str, start: int, values: Rows) -> None:
         if name in self._rings:
-            self._rings[name].write(start, values, self.layout.generations[stage].get(name, 0))
+            generation = self.layout.generations[stage].get(name, 0)
+            self._rings[name].write(start - self.layout.rows.start, values, generation)
 
     def close(self) -> None:
         for ring in self._rings.values():
@@ -149,7 +150,7 @@ class Observer(Protocol):
 
 
 class Driver:
-    """Runs the stages over one image.
+    """Runs the stages over the rows that are kept: of one image, or of a shard of it (`stream.shards`).
 
     Args:
         stages: of the bundle, in order.
@@ -188,8 +189,9 @@ class Driver:
         recorded, chunks = time.monotonic(), 0
         for index in range(position.stage, len(self.stages)):
             stage = self.stages[index]
-            total = {"nothing": 1, "class_token": 1, "image": self.rows - 1}.get(stage.over, self.rows)
-            for done, outputs in self._units(index, position):  # noqa: B007  (the last are the result)
+            stop = self.rows.stop
+            total = {"nothing": 1, "class_token": 1, "image": stop - 1}.get(stage.over, stop)
+            for done, outputs in self.units(index, position):  # noqa: B007  (the last are the result)
                 position.done = done
                 self.progress(index, done, total)
                 chunks += 1
@@ -207,25 +209,26 @@ class Driver:
                 recorded, chunks = time.monotonic(), 0
         return outputs
 
-    def _units(self, index: int, position: Position) -> Iterator[tuple[int, dict[str, Array]]]:
+    def units(self, index: int, position: Position) -> Iterator[tuple[int, dict[str, Array]]]:
         """Run a stage from where the position is, unit by unit: rows that are done, and the unit's outputs."""
-        stage = self.stages[index]
-        sums = {name: total.astype(np.float32) for name, total in position.sums.items() if name in stage.inputs}
+        stage, begin = self.stages[index], max(position.done, self.rows.start)
+        sums = told(stage, position.sums)
         if stage.over in ("nothing", "class_token"):
             feeds = {name: self.tokens.read(index, name, 0, 1) for name in stage.inputs if name in BY_TOKEN}
             yield 1, self._finish(index, position, 0, self.runner.run(stage, feeds | sums))
         elif stage.over == "image":
-            for done, strip in self.source.strips(position.done, self.chunk, self.runner.max_rows):
+            patches = range(max(position.done, self.rows.start - 1), self.rows.stop - 1)
+            for done, strip in self.source.strips(patches, self.chunk, self.runner.max_rows):
                 values = self.runner.run(stage, strip)
                 yield done, self._finish(index, position, 1 + done - values["tokens"].shape[1], values)
         elif stage.over == "tokens":
-            if "query" in stage.inputs:
+            if "query" in stage.inputs and "query" not in sums:
                 sums["query"] = self.tokens.read(index, "q", 0, 1).copy()
-            for start, stop in _ranges(position.done, self.rows, self.chunk):
+            for start, stop in ranges(begin, self.rows.stop, self.chunk):
                 feeds = {name: self.tokens.read(index, name, start, stop) for name in stage.inputs if name in BY_TOKEN}
                 yield stop, self._finish(index, position, start, self.runner.run(stage, feeds | sums))
         else:
-            for start, stop in _ranges(position.done, self.rows, PAIR_CHUNKS * self.chunk):
+            for start, stop in ranges(begin, self.rows.stop, PAIR_CHUNKS * self.chunk):
                 yield stop, self._finish(index, position, start, self._pairs(index, start, stop, sums))
 
     def _pairs(self, index: int, start: int, stop: int, sums: Mapping[str, Array]) -> dict[str, Array]:
@@ -234,7 +237,7 @@ class Driver:
         outer = stage.inputs[0]
         block = self.tokens.read(index, outer, start, stop).copy()
         total: dict[str, Array] = {}
-        for first, last in _ranges(0, self.rows, PAIR_CHUNKS * self.chunk):
+        for first, last in ranges(self.rows.start, self.rows.stop, PAIR_CHUNKS * self.chunk):
             others = {
                 name: self.tokens.read(index, name, first, last)
                 for name in stage.inputs
@@ -254,6 +257,12 @@ class Driver:
         return outputs
 
 
-def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+def told(stage: Stage, sums: Mapping[str, Array]) -> dict[str, Array]:
+    """Of the sums that are known what a stage takes, as it takes them: added in float64, they are used in float32."""
+    taken = {name: total for name, total in sums.items() if name in stage.inputs}
+    return {name: total.astype(np.float32) if total.dtype == np.float64 else total for name, total in taken.items()}
+
+
+def ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     for first in range(start, stop, step):
         yield first, min(stop, first + step)

@@ -85,18 +85,19 @@ class Source:
         """Patches and the class token."""
         return self.grid[0] * self.grid[1] + 1
 
-    def strips(self, done: int, chunk: int, max_rows: int | None = None) -> Iterator[tuple[int, dict[str, Array]]]:
+    def strips(self, patches: range, chunk: int, max_rows: int | None = None) -> Iterator[tuple[int, dict[str, Array]]]:
         """What the `image` stage takes, in order; the next strip is read while this one is used.
 
         Args:
-            done: patches to leave out, as an earlier call told.
+            patches: from where an earlier call was done, to the end of a row.
             chunk: patches at a time, at most: whole rows of them, or a part of one.
             max_rows: rows at a time, at most.
 
         Yields:
             Patches that are done with this strip, and the strip: `image [1, r·p, c·p, 3]`, and where it is.
         """
-        height, width = self.grid
+        done, width = patches.start, self.grid[1]
+        height = patches.stop // width
         step = max(1, chunk // width)
         step = step if max_rows is None else min(step, max_rows)
         grid = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,6 +187,50 @@ def dtype_of(name: str, precision: str, half: bool) -> type[np.float32] | type[n
     """
     kernel = precision == "fp16" and name in ("q", "k", "v")
     return np.float16 if kernel or (half and name not in ("mixed", CENTRALITY)) else np.float32
+
+
+class Stores:
+    """Makes the stores of a run.
+
+    Args:
+        config: of the bundle.
+        precision: of what runs its stages.
+        half: keep in float16 what can be.
+        folder: of their files; None keeps them in memory.
+        squares: name → as of `HalfStore`, so far; added to.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        precision: str,
+        half: bool,
+        folder: Path | None,
+        squares: dict[str, NDArray[np.float64]],
+    ) -> None:
+        self._config, self._precision, self._half = config, precision, half
+        self._folder, self._squares = folder, squares
+        self._halves: list[HalfStore] = []
+
+    def __call__(self, name: str, rows: int) -> Store:
+        """A store of so many rows."""
+        dtype = dtype_of(name, self._precision, self._half)
+        width = self._config["num_heads" if name == CENTRALITY else "embed_dim"]
+        store: Store
+        if self._folder is None:
+            store = MemoryStore(rows, width, dtype)
+        else:
+            store = FileStore(self._folder / name, rows, width, dtype)
+        if dtype == dtype_of(name, self._precision, half=False):
+            return store
+        self._halves.append(HalfStore(store))
+        self._halves[-1].squares = self._squares.setdefault(name, self._halves[-1].squares)
+        return self._halves[-1]
+
+    @property
+    def relative_error(self) -> float:
+        """The largest of the stores that round; 0 where none does."""
+        return max((store.relative_error for store in self._halves), default=0.0)
 
 
 class Ring:

@@ -11,10 +11,10 @@ import torch
 from support import GOLDEN
 
 from infexport import anatomy, extras
-from infexport import stream as streaming
 from infexport.bundle import open_bundle, sha256
 from infexport.cli.sections import _takes
 from infexport.execution import Image, Policy, estimates
+from infexport.stream import stores
 from infexport.stream.stores import FileStore
 from infvit.config import SIZES
 from infvit.network import InfViT
@@ -154,7 +154,7 @@ def test_the_scratch_file_is_as_large_as_it_says(infexport, golden_bundle, golde
             super().__init__(path, *arguments)
             sizes.append(path.stat().st_size)
 
-    monkeypatch.setattr(streaming, "FileStore", Store)
+    monkeypatch.setattr(stores, "FileStore", Store)
     bundle, (images, _) = golden_bundle("reference_pure"), golden_images("reference_pure")
     options = ("--size", 48, "--execution", "stream", "--scratch", tmp_path)
     infexport("run-engine", bundle, sorted(images.glob("*.png"))[0], *options)

@@ -28,7 +28,7 @@ def assembled(source, patch, chunk, done=0):
     """The whole image put together from strips, each at the place that it says."""
     height, width = (patch * side for side in source.grid)
     whole, last = np.zeros((height, width, 3), np.uint8), done
-    for after, strip in source.strips(done, chunk):
+    for after, strip in source.strips(range(done, source.tokens - 1), chunk):
         image = strip["image"][0]
         rows, columns = image.shape[0] // patch, image.shape[1] // patch
         assert rows * columns == after - last
@@ -66,9 +66,11 @@ def test_strips_are_the_completed_image(height, width, patch, chunk, edge):
 def test_strips_go_on_where_they_are_told():
     source = Source(ArrayRows(synthetic_image(40, 72)), 8, "pad")
     for chunk in (4, 9, 30):
-        ends = [done for done, _ in source.strips(0, chunk)]
+        ends = [done for done, _ in source.strips(range(source.tokens - 1), chunk)]
         for end in ends[:-1]:
-            assert [done for done, _ in source.strips(end, chunk)] == [e for e in ends if e > end]
+            assert [done for done, _ in source.strips(range(end, source.tokens - 1), chunk)] == [
+                e for e in ends if e > end
+            ]
 
 
 PHOTO = np.asarray(Image.fromarray(skimage.data.astronaut()).resize((205, 133)))
