@@ -1,0 +1,150 @@
+"""Where workers run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from children import descendants
+from support import ZOO
+
+from infexport.errors import InfexportError
+from infexport.scale import cluster
+from infexport.scale.cluster import workers_of
+
+pytestmark = pytest.mark.ray
+LISTENING = "0A"
+
+
+def listening() -> list[str]:
+    """Addresses at which this process's descendants listen, hexadecimal, as /proc has them."""
+    sockets = set()
+    for process in descendants():
+        try:
+            sockets |= {str(file.readlink()) for file in Path(f"/proc/{process}/fd").iterdir()}
+        except OSError:
+            continue
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return [line[1].partition(":")[0] for line in lines if line[3] == LISTENING and f"socket:[{line[9]}]" in sockets]
+
+
+def test_started_here_it_is_reachable_from_here_alone(ray):
+    addresses = listening()
+    assert len(addresses) >= 3  # of the head and its daemons
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert set(addresses) <= loopback
+
+
+def test_it_says_nothing_to_its_makers_and_shows_no_page(ray):
+    started = {text: Path(f"/proc/{process}/environ").read_bytes() for process, text in descendants().items()}
+    daemons = [text for text in started if "gcs_server" in text.split()[0] or "dashboard/dashboard.py" in text]
+    assert len(daemons) == 2
+    assert all(b"RAY_USAGE_STATS_ENABLED=0" in started[text] for text in daemons)
+    # its head runs where there is no dashboard, too: to report usage, where that is not forbidden
+    assert all("--disable-frontend" in text for text in started if "dashboard/dashboard.py" in text)
+
+
+def test_nobody_at_an_address(infexport, ray, zoo_bundle, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as silent:  # taken, and nobody listens
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        arguments = ("run-engine", zoo_bundle("digits-linear"), ZOO / "digits-held-out", "--shard-image", "--ray")
+        results = {name: infexport(*arguments, name, exit_code=2) for name in (address, f"ray://{address}")}
+    for name, result in results.items():
+        assert f"error: no Ray cluster at {name}" in result.stderr
+        assert "refused" in result.stderr
+        assert "--ray with no address needs none" in result.stderr
+
+
+def test_an_address_that_is_none(infexport, zoo_bundle):
+    result = infexport("run-engine", "--ray", zoo_bundle("digits-linear"), "a.png", exit_code=2)
+    assert "write --ray last to name none" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--workers", 2),
+        ("--shard-image",),
+        ("--ray", "local", "--heatmaps", "maps"),
+        ("--ray", "local", "--shard-image", "--scratch", "s"),
+        ("--ray", "local", "--shard-image", "--execution", "whole"),
+    ],
+)
+def test_options_that_do_not_go_together(infexport, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = infexport("run-engine", "bundle", "a.png", *options, exit_code=2)
+    assert "Usage:" in result.stderr
+
+
+class Nodes:
+    """Ray, connected to nodes of such resources."""
+
+    def __init__(self, *resources):
+        self.resources = resources
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": one} for one in self.resources] + [{"Alive": False, "Resources": {}}]
+
+
+def node(cores, gpus=0, memory=2**30):
+    return {"CPU": float(cores), "memory": float(memory), **({"GPU": float(gpus)} if gpus else {})}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "threads", "by_node", "expected"),
+    [
+        ([node(8)], None, None, False, (8, 1, 0, 2**27)),
+        ([node(8)], None, 4, False, (2, 4, 0, 2**29)),
+        ([node(8)], 2, None, False, (2, 4, 0, 2**29)),
+        ([node(8), node(16)], None, None, True, (2, 8, 0, 2**29)),
+        ([node(8, 2), node(8, 2)], None, None, False, (4, 4, 1, 2**29)),
+        # each has a place on one node
+        ([node(3), node(3)], None, 2, False, (2, 2, 0, 2**30)),
+        ([node(8, 2), node(8)], None, None, False, (2, 4, 1, 2**29)),
+        ([node(1), node(16), node(16)], None, None, True, (3, 8, 0, 2**29)),
+        ([{"CPU": 4.0}], 2, None, False, (2, 2, 0, None)),
+    ],
+)
+def test_workers(nodes, count, threads, by_node, expected):
+    found = workers_of(Nodes(*nodes), count, threads, by_node)
+    assert (found.count, found.threads, found.gpus, found.memory) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "threads", "told"),
+    [([node(3), node(3)], 3, 2, "3 cores, 3 cores"), ([node(8, 1)], 4, None, "8 cores and 1 GPUs")],
+)
+def test_workers_that_have_no_place(nodes, count, threads, told):
+    with pytest.raises(InfexportError, match=f"no place for {count} workers") as caught:
+        workers_of(Nodes(*nodes), count, threads, by_node=False)
+    assert caught.value.details == f"the cluster has {told}"
+
+
+def test_ray_that_was_imported_before(tmp_path):
+    """It has read its environment by then, and would listen to all."""
+    code = "import ray\nfrom infexport.scale.cluster import connected\nwith connected('local'): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "Ray was imported before infexport could tell it to stay on this machine" in done.stderr
+
+
+def test_a_cluster_without_cores():
+    with pytest.raises(InfexportError, match="no CPUs"):
+        workers_of(Nodes(), None, None, by_node=False)
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+    with cluster._environment("local"):
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
