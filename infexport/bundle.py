@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,8 +170,7 @@ def open_bundle(path: Path, verify: bool = True) -> Bundle:
     return Bundle(path, manifest, changed)
 
 
-@contextmanager
-def create_bundle(path: Path, force: bool = False) -> Iterator[Path]:
+def create_bundle(path: Path, force: bool = False) -> AbstractContextManager[Path]:
     """A temporary folder that becomes `path` once the block is done; on an error nothing is left of it.
 
     Args:
@@ -181,13 +180,25 @@ def create_bundle(path: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         InfexportError: something is there already, or the place cannot be written to.
     """
-    _check_free(path, force)
+    return create_folder(path, lambda: _check_free(path, force))
+
+
+@contextmanager
+def create_folder(path: Path, check_free: Callable[[], None]) -> Iterator[Path]:
+    """As of `create_bundle`, for any folder.
+
+    Args:
+        path: where it shall be.
+        check_free: raises where what is there must not be replaced.
+    """
+    check_free()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
     try:
         yield partial
         partial.chmod(0o777 & ~umask())
-        _replace(partial, path, force)
+        check_free()  # again: another process may have made it meanwhile
+        _replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -228,10 +239,8 @@ def umask() -> int:
     return mask
 
 
-def _replace(new: Path, path: Path, force: bool) -> None:
-    # checked again: another process may have made it meanwhile
-    _check_free(path, force)
-    if not (path / FILE).exists():
+def _replace(new: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
         new.rename(path)  # an empty folder is replaced, one that is not refuses
         return
     old = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
