@@ -135,6 +135,14 @@ def _images() -> list[Check]:
     ]
 
 
+def _elsewhere() -> list[Check]:
+    modules = ("ray", "fsspec", "pyarrow")
+    return [
+        Check("workers, URLs", all(map(installed, modules)), _versions(*modules), "pip install 'infexport[scale]'"),
+        Check("package", installed("tritonclient"), _versions("tritonclient"), "pip install 'infexport[triton]'"),
+    ]
+
+
 def examine() -> list[Check]:
-    """Every check, in the order of the road: machine, convert, run, images, engines."""
-    return [_machine(), _convert(), *_runtime(), *_images(), *_engines()]
+    """Every check, in the order of the road: machine, convert, run, images, engines, beyond this process."""
+    return [_machine(), _convert(), *_runtime(), *_images(), *_engines(), *_elsewhere()]

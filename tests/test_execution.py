@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from infexport import execution
 from infexport.bundle import open_bundle
-from infexport.cli.sizes import Bytes
+from infexport.cli.options import Bytes
 from infexport.errors import InfexportError
 from infexport.execution import WHOLE_TOKENS, Image, Policy, choose, estimates, size_text
 

@@ -11,6 +11,7 @@ from infexport.cli.convert import convert
 from infexport.cli.doctor import doctor
 from infexport.cli.inspect import inspect
 from infexport.cli.output import ErrorGroup
+from infexport.cli.package import package
 from infexport.cli.run_engine import run_engine
 from infexport.cli.validate import validate
 
@@ -32,5 +33,5 @@ def cli() -> None:
     pass
 
 
-for command in (convert, validate, build_engine, run_engine, benchmark, inspect, doctor):
+for command in (convert, validate, build_engine, run_engine, package, benchmark, inspect, doctor):
     cli.add_command(command)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from infexport.cli.options import Sizes
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
-from infexport.cli.sizes import Sizes
 from infexport.extras import require
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from infexport.cli.options import Bytes, Numbers, Sizes
 from infexport.cli.output import Output, Phases
-from infexport.cli.sizes import Bytes, Numbers, Sizes
 
 
 @click.command("build-engine", short_help="Build TensorRT engines from BUNDLE.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from infexport.cli.options import Numbers, Sizes
 from infexport.cli.output import Output
-from infexport.cli.sizes import Numbers, Sizes
 from infexport.extras import require
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from infexport.cli.options import Sizes
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
-from infexport.cli.sizes import Sizes
 
 
 @click.command()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from infexport.cli.options import Address, Bytes, ImageName, Size
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
-from infexport.cli.sizes import Bytes
 from infexport.errors import InfexportError
 
 if TYPE_CHECKING:
@@ -23,22 +23,9 @@ EXECUTIONS = ("auto", "whole", "stream")
 DETAILS = ("mean", "layers", "heads")
 
 
-class Size(click.ParamType[str | int]):
-    """`trained`, `native` or a side in pixels."""
-
-    name = "trained|native|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        if value in ("trained", "native") or isinstance(value, int):
-            return value
-        if value.isascii() and value.isdecimal() and len(value) < 10 and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r} is neither trained, native nor a number of pixels", param, ctx)
-
-
 @click.command("run-engine", short_help="Label images with BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", type=click.Path(path_type=Path), nargs=-1)
+@click.argument("images", type=ImageName(), nargs=-1)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a .json, .csv or .npz file.")
 @click.option("--size", type=Size(), metavar="trained|native|N", default="trained", show_default=True,
               help="The recorded evaluation transform, the image as it is, or that transform at N pixels.")  # fmt: skip
@@ -76,10 +63,16 @@ class Size(click.ParamType[str | int]):
     help="Images of equal grid at once.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
+@click.option("--ray", "address", type=Address(), is_flag=False, flag_value="local", metavar="[ADDRESS]",
+              help="Run many images on many workers, by Ray: on this machine, or on the cluster at auto, HOST:PORT or "
+              "ray://HOST:PORT (extra 'scale').")  # fmt: skip
+@click.option("--shard-image", is_flag=True, help="With --ray: all workers run each image together, every one a part.")
+@click.option("--workers", type=click.IntRange(min=1), help="With --ray: processes.  [default: one per GPU, or "
+              "per core, or, with --shard-image, per node]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the predictions as JSON.")
 def run_engine(
     bundle: Path,
-    images: tuple[Path, ...],
+    images: tuple[Path | str, ...],
     output: Path | None,
     size: Any,
     edge: Any,
@@ -98,6 +91,9 @@ def run_engine(
     engine: str | None,
     batch_size: int,
     threads: int | None,
+    address: str | None,
+    shard_image: bool,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     """Label IMAGES (files or folders) with BUNDLE: by its engines on a GPU, or in ONNX Runtime.
@@ -108,11 +104,13 @@ def run_engine(
     """
     from infexport.bundle import open_bundle
     from infexport.cli.told import Told
-    from infexport.execution import Policy, usual_memory
-    from infexport.images import find_images
+    from infexport.execution import Policy
     from infexport.machine import cache_folder
     from infexport.predictions import Results, check_output
-    from infexport.run import Request, Run
+    from infexport.predictor import Predictor
+    from infexport.remote import find
+    from infexport.run import Request
+    from infexport.scale import scaled
     from infexport.stream import scratch as scratches
     from infexport.summary import warnings_of
 
@@ -127,46 +125,58 @@ def run_engine(
         raise click.UsageError("missing argument 'IMAGES...': files or folders")
     if scratch is not None and execution == "whole":
         raise click.UsageError("--scratch is for streaming: leave out --execution whole")
+    if address is None and (shard_image or workers):
+        raise click.UsageError("--shard-image and --workers are of --ray")
+    if address is not None and (heatmaps or centrality):
+        raise click.UsageError("--heatmaps and --centrality are drawn and written by one process: leave out --ray")
+    if shard_image and (scratch is not None or execution == "whole"):
+        raise click.UsageError(
+            "--shard-image streams, with tokens in memory: leave out --scratch and --execution whole"
+        )
     opened = open_bundle(bundle)
     if clean:
         out.status(f"freed {scratches.clean(scratch or cache_folder()) / 1e9:.2f} GB")
         if not images:
             return
-    files = find_images(images)
+    files = find(images)
     if output is not None:
         check_output(output)
     warnings = warnings_of(opened.manifest)
     for line in warnings:
         out.warning(line)
-    limit = usual_memory() if memory is None else memory
     mapped = centrality or heatmaps is not None
-    policy = Policy(execution, limit, scratch, chunk, tokens == "float16", batch_size, mapped)
+    policy = Policy(execution, memory, scratch, chunk, tokens == "float16", batch_size, mapped)
     request = Request(policy, size, edge, provider, engine, threads, centrality)
     undrawn: list[InfexportError] = []
     draw = None if heatmaps is None else _drawing(opened, files, request, heatmaps, heatmap_detail or "mean", undrawn)
     with out.progress(len(files), "images") as bar:
-        answers, failures = Run(opened, request, Told(out, opened, bar, mapped, draw))(files)
+        told = Told(out, opened, bar, mapped, draw)
+        if address is None:
+            with Predictor.of(opened, request) as predictor:
+                rows = predictor.predict(files, told)
+        else:
+            rows = scaled(address, workers, shard_image, opened, request, files, told)
     config = opened.manifest.config
     shape = config["num_classes"], config["embed_dim"]
-    results = Results(answers, failures, opened.labels, warnings, top_k, features, shape, centrality)
+    results = Results(rows, opened.labels, warnings, top_k, features, shape, centrality)
     if output is not None:
         results.write(output)
         out.status(f"wrote {output}")
     if heatmaps is not None:
-        out.status(f"wrote {len(answers) - len(undrawn)} heat maps to {heatmaps}")
-    for answer in answers:
+        out.status(f"wrote {len(results.predictions) - len(undrawn)} heat maps to {heatmaps}")
+    for answer in results.predictions:
         out.data(answer.file + _remarks(answer))
         for top in answer.top_k(top_k, results.labels):
             out.data(f"  {top['probability']:7.2%}  {top['label']}")
     out.document(results.to_dict())
-    for error in [*(failure.error for failure in failures), *undrawn]:
+    for error in [*(failure.error for failure in results.failures), *undrawn]:
         out.error(error)
-    raise click.exceptions.Exit(1 if failures or undrawn else 0)
+    raise click.exceptions.Exit(1 if results.failures or undrawn else 0)
 
 
 def _drawing(
     bundle: Bundle,
-    files: Sequence[Path],
+    files: Sequence[Path | str],
     request: Request,
     folder: Path,
     detail: Detail,
@@ -175,11 +185,15 @@ def _drawing(
     """What draws the heat map of an answer, and adds to `undrawn` why it cannot."""
     from infexport import heatmaps
     from infexport.extras import require
+    from infexport.remote import at_hand, shown
     from infexport.transform import transform_of
 
     require("matplotlib", extra="plot")
     heatmaps.check_folder(folder)
-    names, patch = heatmaps.names_of(files), bundle.manifest.config["patch_size"]
+    names, patch = (
+        heatmaps.names_of([file if isinstance(file, Path) else Path(shown(file)) for file in files]),
+        bundle.manifest.config["patch_size"],
+    )
     transform = transform_of(bundle.manifest.preprocessing)
 
     def draw(index: int, answer: Prediction) -> None:
@@ -187,7 +201,8 @@ def _drawing(
         (top,) = answer.top_k(1, bundle.labels)
         title = f"{Path(answer.file).stem}: {top['label']}, {top['probability']:.1%}"
         try:
-            pixels, image = heatmaps.overview(files[index])
+            with at_hand(files[index]) as file:
+                pixels, image = heatmaps.overview(file)
             extent = heatmaps.region(image, answer.grid, patch, request.size, transform)
             figure = heatmaps.figure_of(answer.centrality, pixels, image, extent, title, detail)
             heatmaps.save(figure, folder / f"{names[index]}.png")

@@ -90,8 +90,8 @@ def test_doctor_says_what_is_missing(infexport, monkeypatch):
     monkeypatch.setattr(doctor, "importable", lambda module: False)
     monkeypatch.setattr(targets.shutil, "which", lambda program: None)
     shown = infexport("doctor").stdout
-    assert shown.count("\nno ") == 8
-    for extra in ("export", "cpu", "gpu", "stream", "slides", "tensorrt-rtx", "tensorrt"):
+    assert shown.count("\nno ") == 10
+    for extra in ("export", "cpu", "gpu", "stream", "slides", "tensorrt-rtx", "tensorrt", "scale", "triton"):
         assert f"pip install 'infexport[{extra}]'" in shown
 
 

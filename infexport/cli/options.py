@@ -1,9 +1,10 @@
-"""Sizes on the command line: of images in pixels, of memory in bytes."""
+"""What options and arguments of several commands take: sizes of images and of memory, names of images."""
 
 from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import click
@@ -53,6 +54,19 @@ class Sizes(click.ParamType[list[tuple[int, int]]]):
         return sizes
 
 
+class Size(click.ParamType[str | int]):
+    """`trained`, `native` or a side in pixels."""
+
+    name = "trained|native|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        if value in ("trained", "native") or isinstance(value, int):
+            return value
+        if value.isascii() and value.isdecimal() and len(value) < 10 and int(value) > 0:
+            return int(value)
+        self.fail(f"{value!r} is neither trained, native nor a number of pixels", param, ctx)
+
+
 class Numbers(click.ParamType[list[int]]):
     """Whole numbers from `least`, `1,4,8`."""
 
@@ -69,3 +83,28 @@ class Numbers(click.ParamType[list[int]]):
         if not numbers or min(map(int, parts)) < self.least:
             self.fail(f"{value!r}: expected whole numbers from {self.least}, such as 1,4,8", param, ctx)
         return [int(part) for part in parts]
+
+
+class Address(click.ParamType[str]):
+    """Of a Ray cluster, or `local`."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        host, colon, port = value.removeprefix("ray://").rpartition(":")
+        if value in ("local", "auto") or (host and colon and port.isascii() and port.isdecimal()):
+            return str(value)
+        self.fail(
+            f"{value!r} is no HOST:PORT, ray://HOST:PORT, auto or local; write --ray last to name none", param, ctx
+        )
+
+
+class ImageName(click.ParamType[Path | str]):
+    """A file, a folder, or the URL of one."""
+
+    name = "image"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        from infexport.remote import is_url
+
+        return value if isinstance(value, Path) or is_url(value) else Path(value)
