@@ -101,9 +101,8 @@ class Predictor:
 
     def close(self) -> None:
         """Give back what the first call opened; the next one opens it again."""
-        run = vars(self).pop("_run", None)
-        if run is not None:
-            run.close()
+        if "_run" in vars(self):
+            self._run.close()
 
     def __call__(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """A row for every image of a batch, in its order; never fewer.

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from infexport.errors import InfexportError
 from infexport.extras import require
@@ -16,8 +16,8 @@ Item = Path | str | Pixels
 """An image: a file, its URL, or uint8 RGB `[H, W, 3]`."""
 
 
-def is_url(text: str) -> bool:
-    return "://" in text
+def is_url(item: object) -> TypeGuard[str]:
+    return isinstance(item, str) and "://" in item
 
 
 def shown(url: str) -> str:
@@ -34,7 +34,7 @@ def at_hand(item: Path | str) -> Iterator[Path]:
     Raises:
         InfexportError: a URL that cannot be fetched.
     """
-    if isinstance(item, str) and is_url(item):
+    if is_url(item):
         with tempfile.TemporaryDirectory(prefix="infexport-") as folder:
             # its suffix, and no more of a name that somebody else chose
             name = PurePosixPath(item.partition("?")[0].partition("::")[0])
@@ -55,7 +55,7 @@ def find(items: Iterable[Path | str]) -> list[Path | str]:
     """
     found: dict[Path | str, Path | str] = {}
     for item in items:
-        if isinstance(item, str) and is_url(item):
+        if is_url(item):
             found |= {url: url for url in find_urls(item) if url not in found}
         else:
             for file in find_images([Path(item)]):

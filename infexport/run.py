@@ -74,7 +74,7 @@ class Listener:
 class Run:
     """Runs images through a bundle, images of equal grids together where they are run whole.
 
-    What the first image starts, serves those of later calls until it is closed.
+    What the first image starts serves those of later calls, until it is closed.
 
     Args:
         bundle: whose preprocessing is applied.
@@ -92,14 +92,16 @@ class Run:
         self._opening = opening or Opening(bundle, *ways)
 
     def close(self) -> None:
+        """Give back what was started; the next call starts it again."""
         self._sessions.close()
+        for name in ("_runner", "_stages"):
+            vars(self).pop(name, None)
 
     @cached_property
     def _policy(self) -> Policy:
         """As asked for, with the chunk that engines were built for and what memory there is where none was named."""
-        streaming = self._opening.engines.get("stream")
-        chunk = self.request.policy.chunk or (streaming and streaming.chunk) or CHUNK
-        return replace(self.request.policy, chunk=chunk, memory=self.request.policy.memory or usual_memory())
+        policy = self.request.policy
+        return replace(policy, chunk=self._opening.chunk(policy.chunk), memory=policy.memory or usual_memory())
 
     @cached_property
     def _on_gpu(self) -> bool:
@@ -169,7 +171,7 @@ class Run:
                 if isinstance(opened, tuple):
                     stages = self._stages
                     with self._failing(images, [index], "while streaming it"):
-                        key = item if isinstance(item, str) and is_url(item) else image
+                        key = item if is_url(item) else image
                         self._answer(index, self._stream(name_of(images, index), key, image, *opened, stages))
             if isinstance(opened, Fitted):
                 yield index, opened
@@ -302,7 +304,7 @@ def _checked(pixels: Pixels) -> Pixels:
 def name_of(images: Sequence[Item], index: int) -> str:
     """Of an image, for people."""
     item = images[index]
-    if isinstance(item, str) and is_url(item):
+    if is_url(item):
         return shown(item)
     # a name that is no UTF-8 must not end the run when it is written
     return os.fsencode(item).decode("utf-8", "replace") if isinstance(item, Path | str) else f"image {index}"

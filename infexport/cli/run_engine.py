@@ -26,7 +26,7 @@ DETAILS = ("mean", "layers", "heads")
 @click.command("run-engine", short_help="Label images with BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", type=ImageName(), nargs=-1)
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a .json, .csv or .npz file.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a .json, .csv, .npz or .parquet file.")
 @click.option("--size", type=Size(), metavar="trained|native|N", default="trained", show_default=True,
               help="The recorded evaluation transform, the image as it is, or that transform at N pixels.")  # fmt: skip
 @click.option("--edge", type=click.Choice(["pad", "crop"]), default="pad", show_default=True,
@@ -96,7 +96,7 @@ def run_engine(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Label IMAGES (files or folders) with BUNDLE: by its engines on a GPU, or in ONNX Runtime.
+    """Label IMAGES (files, folders or URLs) with BUNDLE: by its engines on a GPU, or in ONNX Runtime.
 
     An image that cannot be read doesn't stop the others: it is reported, and the exit code is 1. An image that is
     larger than memory is streamed with --size native (extra 'stream'; 'slides' for OpenSlide's formats). One that must
@@ -110,7 +110,6 @@ def run_engine(
     from infexport.predictor import Predictor
     from infexport.remote import find
     from infexport.run import Request
-    from infexport.scale import scaled
     from infexport.stream import scratch as scratches
     from infexport.summary import warnings_of
 
@@ -122,7 +121,7 @@ def run_engine(
     if heatmap_detail is not None and heatmaps is None:
         raise click.UsageError("--heatmap-detail needs --heatmaps DIR: there is nowhere to draw")
     if not images and not clean:
-        raise click.UsageError("missing argument 'IMAGES...': files or folders")
+        raise click.UsageError("missing argument 'IMAGES...': files, folders or URLs")
     if scratch is not None and execution == "whole":
         raise click.UsageError("--scratch is for streaming: leave out --execution whole")
     if address is None and (shard_image or workers):
@@ -155,6 +154,8 @@ def run_engine(
             with Predictor.of(opened, request) as predictor:
                 rows = predictor.predict(files, told)
         else:
+            from infexport.scale import scaled
+
             rows = scaled(address, workers, shard_image, opened, request, files, told)
     config = opened.manifest.config
     shape = config["num_classes"], config["embed_dim"]
@@ -190,10 +191,8 @@ def _drawing(
 
     require("matplotlib", extra="plot")
     heatmaps.check_folder(folder)
-    names, patch = (
-        heatmaps.names_of([file if isinstance(file, Path) else Path(shown(file)) for file in files]),
-        bundle.manifest.config["patch_size"],
-    )
+    names = heatmaps.names_of([file if isinstance(file, Path) else Path(shown(file)) for file in files])
+    patch = bundle.manifest.config["patch_size"]
     transform = transform_of(bundle.manifest.preprocessing)
 
     def draw(index: int, answer: Prediction) -> None:

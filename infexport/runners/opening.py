@@ -11,6 +11,7 @@ from infexport.manifest import CENTRALITY_MODEL
 from infexport.runners import Deployed, Stages
 from infexport.runners.ort import OrtRunner, OrtStages, candidates, import_onnxruntime
 from infexport.runners.trt import EngineRunner, EngineStages
+from infexport.stream import CHUNK
 from infexport.targets import local_gpu
 
 
@@ -91,6 +92,11 @@ class Opening:
     def precision(self) -> str:
         """Of what is run, where engines are used for all that they can."""
         return next(iter(self.engines.values())).precision if self.engines else self.bundle.manifest.precision
+
+    def chunk(self, asked: int | None) -> int:
+        """Tokens at a time, streamed: as asked for, what the engines of the stages were built for, or CHUNK."""
+        streaming = self.engines.get("stream")
+        return asked or (streaming and streaming.chunk) or CHUNK
 
     def runner(self, placed: bool = False) -> Deployed:
         """Of the whole graph, not entered yet; `placed` as of `OrtRunner`.

@@ -166,6 +166,11 @@ def _check_reachable(address: str) -> None:
             pass
 
 
+def last_line(error: Exception) -> str:
+    """Of what Ray says, which is a traceback: what went wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def workers_of(ray: ModuleType, count: int | None, threads: int | None, by_node: bool) -> Workers:
     """The workers of a cluster, each of which has a place on one of its nodes.
 

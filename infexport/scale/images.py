@@ -14,14 +14,14 @@ from infexport.errors import InfexportError
 from infexport.predictions import Failure, Row
 from infexport.predictor import Predictor, columns_of, rows_of
 from infexport.run import Listener, name_of
-from infexport.scale.cluster import Workers
+from infexport.scale.cluster import Workers, last_line
 
 PART = 128
 """Images that are handed to a worker at once: what is done again where it dies. Handing over takes tens of ms."""
 RETRIES = 2
 """Times that a part is done again before its images are tried one by one, and these before they are given up."""
-FIRST, FATAL, RAN = "first", "fatal", "ran"
-"""Columns beside a predictor's: the part's first image; the bundle cannot be run at all; where it runs, and notes."""
+PLACE, FATAL, RAN = "place", "fatal", "ran"
+"""Columns beside a predictor's: the part's place; the bundle cannot be run at all; where it runs, and notes."""
 
 
 class Heard(Listener):
@@ -53,7 +53,7 @@ class Worker:
             rows, fatal = [Failure(name, error) for name in names], True
         columns = columns_of(rows, labels, config["num_classes"], config["embed_dim"])
         heard = "\n".join("\t".join(told) for told in self._heard.ran)
-        others = {FIRST: batch[FIRST], FATAL: np.full(len(rows), fatal), RAN: np.array([heard] * len(rows), np.str_)}
+        others = {PLACE: batch[PLACE], FATAL: np.full(len(rows), fatal), RAN: np.array([heard] * len(rows), np.str_)}
         return {**columns, **others}
 
 
@@ -90,10 +90,8 @@ def predict(
                 found |= part
                 listener.image(len(part))
         except ray.exceptions.RayError as error:
-            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise InfexportError(
-                "the workers cannot go on", last[0], "run it without --ray: is it the images?"
-            ) from error
+            hint = "run it without --ray: is it the images?"
+            raise InfexportError("the workers cannot go on", last_line(error), hint) from error
     for index in set(range(len(images))) - found.keys():
         died = InfexportError(
             f"its worker died each time: {name_of(images, index)}",
@@ -133,7 +131,7 @@ def _done(
     tables = [
         pa.table({
             "file": pa.array([os.fsencode(images[index]) for index in part], pa.binary()),
-            FIRST: [place] * len(part),
+            PLACE: [place] * len(part),
         })
         for place, part in enumerate(parts)
     ]  # fmt: skip
@@ -157,4 +155,4 @@ def _done(
                 told.add(line)
                 provider, _, precision = line.partition("\t")
                 listener.running(provider, precision) if precision else listener.status(line)
-        yield dict(zip(parts[batch[FIRST][0]], rows, strict=True))
+        yield dict(zip(parts[batch[PLACE][0]], rows, strict=True))

@@ -20,10 +20,10 @@ from infexport.remote import at_hand
 from infexport.run import Listener, Request, name_of, not_finite, source_of
 from infexport.runners import Stages
 from infexport.runners.opening import Opening
-from infexport.scale.cluster import Workers
-from infexport.stream import CHUNK
+from infexport.scale.cluster import Workers, last_line
 from infexport.stream.driver import stages_of
 from infexport.stream.shards import MEMORY_HINT, Lost, Shard, Sharded, rows_of
+from infexport.stream.source import Source
 
 EVERY = 0.5
 """Seconds between two looks at how far the workers are."""
@@ -46,13 +46,13 @@ class Worker:
         self._sessions = ExitStack()
         self._shard: Shard | None = None
         self._image = ExitStack()
-        self._chunk = CHUNK
+        self._file: tuple[Path | str, Path] = "", Path()
+        self._chunk = 0
 
     def look(self, image: Path | str) -> tuple[tuple[int, int], float]:
         """An image's grid of patches, and the share of padded pixels."""
-        with at_hand(image) as file:
-            source = source_of(file, self._opened, self._request)
-            return source.grid, source.padded_share
+        source = self._source(image)
+        return source.grid, source.padded_share
 
     def open(self) -> tuple[str, str, list[str], int]:
         """Open the bundle and its stages: where they run, in which precision, notes, and tokens at a time.
@@ -63,8 +63,7 @@ class Worker:
         request = self._request
         opening = Opening(self._opened, request.provider, request.engine, request.threads)
         self._stages = self._sessions.enter_context(opening.stages())
-        streaming = opening.engines.get("stream")
-        self._chunk = request.policy.chunk or (streaming and streaming.chunk) or CHUNK
+        self._chunk = opening.chunk(request.policy.chunk)
         return self._stages.provider, self._stages.precision, opening.notes, self._chunk
 
     def take(self, image: Path | str, rows: range) -> None:
@@ -73,12 +72,12 @@ class Worker:
         Raises:
             InfexportError: the image or the bundle cannot be read here, or the shard does not fit into memory.
         """
-        self.leave()
+        self._drop()
         if self._stages is None:  # this worker is in another's place
             self.open()
         assert self._stages is not None, "opened"
-        bundle, request, policy = self._opened, self._request, self._request.policy
-        source = source_of(self._image.enter_context(at_hand(image)), bundle, request)
+        bundle, policy = self._opened, self._request.policy
+        source = self._source(image)
         chunk, patch = self._chunk, bundle.manifest.config["patch_size"]
         needed = source.rows.loaded + memory.streamed(
             bundle.manifest, len(rows), source.grid[1] * patch, chunk, policy.half, False, False
@@ -106,11 +105,24 @@ class Worker:
         return 0 if self._shard is None else self._shard.done
 
     def leave(self) -> None:
-        """Give back what the shard holds."""
+        """Give back what the shard holds, and what was fetched."""
+        self._drop()
+        self._image.close()
+        self._file = "", Path()
+
+    def _drop(self) -> None:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
-        self._image.close()
+
+    def _source(self, image: Path | str) -> Source:
+        """Of an image, which is fetched once, to be looked at and taken."""
+        held, file = self._file
+        if held != image:
+            self.leave()
+            file = self._image.enter_context(at_hand(image))
+            self._file = image, file
+        return source_of(file, self._opened, self._request)
 
     @property
     def _opened(self) -> Bundle:
@@ -208,15 +220,13 @@ class RayTeam:
                 raise cause from None
             if isinstance(cause, MemoryError):
                 raise InfexportError("a worker has not enough memory", str(cause), MEMORY_HINT) from error
-            text = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            text = last_line(error)
             if "creation task" in str(cause):  # it never was one
-                raise InfexportError(
-                    "a worker cannot start", text[0], "is infexport installed on every node?"
-                ) from error
+                raise InfexportError("a worker cannot start", text, "is infexport installed on every node?") from error
             lost = exceptions.RayActorError, exceptions.ObjectLostError, exceptions.WorkerCrashedError
             if isinstance(cause, (*lost, exceptions.OutOfMemoryError)):
                 raise Lost from error
-            raise InfexportError("a worker failed", text[0]) from error
+            raise InfexportError("a worker failed", text) from error
 
     def _done(self) -> int:
         """Rows that all shards have done; those that do not answer at once, none."""
