@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from infexport.atomic import PREFIX, create_folder, recover
+from infexport.digest import DIGEST
 from infexport.errors import InfexportError
-from infexport.manifest import FILE, LABELS, MODEL, Manifest, read_json, read_manifest, write_manifest
+from infexport.inputs import json_of, read_small
+from infexport.manifest import FILE, LABELS, MODEL, Manifest, load_manifest, read_manifest, read_sealed, write_manifest
 
+T = TypeVar("T")
 ENGINES = "engines"
 ENGINE_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
@@ -35,7 +36,8 @@ class Bundle:
     Attributes:
         path: the folder.
         manifest: what it says of itself.
-        changed: files that are missing or not what the manifest recorded; empty for a bundle as it was made.
+        changed: files that are missing or not what the manifest recorded, and the manifest where it is not what its
+            digest says; empty for a bundle as it was made.
     """
 
     path: Path
@@ -56,12 +58,27 @@ class Bundle:
         data = self.model.with_name(f"{MODEL}.data")
         return data.stat().st_size if data.is_file() else 0
 
-    @property
+    @cached_property
     def labels(self) -> list[str] | None:
-        """Name of every class, or None where none were given."""
+        """Name of every class, or None where none were given.
+
+        Raises:
+            InfexportError: the file is no list of them.
+        """
         if LABELS not in self.manifest.files:
             return None
-        labels: list[str] = json.loads((self.path / LABELS).read_text(encoding="utf-8"))
+        file, classes = self.path / LABELS, self.manifest.config["num_classes"]
+        try:
+            labels = json_of(read_small(file))
+            json.dumps(labels, ensure_ascii=False).encode()  # no halves of surrogate pairs
+        except (ValueError, OSError) as error:
+            raise InfexportError(f"unreadable: {file}", str(error), "convert the checkpoint again") from error
+        if not isinstance(labels, list) or len(labels) != classes or not all(isinstance(x, str) for x in labels):
+            raise InfexportError(
+                f"labels that are not the bundle's: {file}",
+                f"expected a list of {classes} names, one for every class",
+                "convert the checkpoint again",
+            )
         return labels
 
     @cached_property
@@ -89,10 +106,11 @@ class Bundle:
     def _engine(self, sidecar: Path) -> dict[str, Any]:
         engine = sidecar.with_suffix("")
         try:
-            facts = read_json(sidecar)
+            facts, intact = read_sealed(sidecar)
         except InfexportError:
             return {"file": engine.name, "state": "unreadable"}
-        if not _is_sidecar(facts):
+        facts.pop(DIGEST, None)
+        if not intact or not _is_sidecar(facts):
             return {"file": engine.name, "state": "unreadable"}
         if not engine.is_file():
             state = "missing"
@@ -109,7 +127,10 @@ class Bundle:
 
 
 def _holds(file: Path, digest: str) -> bool:
-    return file.is_file() and sha256(file) == digest
+    try:
+        return file.is_file() and sha256(file) == digest
+    except FileNotFoundError:  # since
+        return False
 
 
 def _is_sidecar(facts: dict[str, Any]) -> bool:
@@ -126,6 +147,7 @@ def _is_sidecar(facts: dict[str, Any]) -> bool:
         # of the whole graph it is the images alone
         and (MODEL not in graph or (len(profile) == 1 and images is not None and len(images[0]) == 4))
         and facts["precision"] in ENGINE_PRECISIONS
+        and "chunk" in facts
         and (chunk is None or (type(chunk) is int and chunk > 0))
         and isinstance(layers, dict)
         and all(isinstance(types, dict) and _is_shape([*types.values()]) for types in layers.values())
@@ -143,31 +165,68 @@ def _is_shape(value: list[Any]) -> bool:
     return all(type(size) is int for size in value)
 
 
-def open_bundle(path: Path, verify: bool = True) -> Bundle:
+def open_bundle(path: Path, verify: bool = True, digest: str | None = None) -> Bundle:
     """Open a bundle and check the hash of every file in it.
 
     Args:
         path: the folder.
         verify: False takes a modified bundle; `Bundle.changed` then says what was.
+        digest: the only one that is taken, where it is known from elsewhere.
 
     Raises:
-        InfexportError: no bundle, one that is newer than this tool, or files that were modified.
+        InfexportError: no bundle, one of another format than this tool's, files that were modified, or another bundle.
     """
+    return _steadily(path, lambda: _opened(path, verify, digest))
+
+
+def _opened(path: Path, verify: bool, digest: str | None) -> Bundle:
     if not (path / FILE).is_file():
         raise InfexportError(
             f"not a bundle: {path}",
             f"received {'a folder without' if path.is_dir() else 'no folder with'} {FILE}",
             "make one with: infexport convert checkpoint CHECKPOINT --output BUNDLE",
         )
-    manifest = read_manifest(path / FILE)
-    changed = tuple(name for name, digest in manifest.files.items() if not _holds(path / name, digest))
+    manifest, intact = load_manifest(path / FILE)
+    changed = (
+        *([] if intact else [FILE]),
+        *(name for name, recorded in manifest.files.items() if not _holds(path / name, recorded)),
+    )
     if changed and verify:
         raise InfexportError(
             f"the bundle was modified: {path}",
-            "not what the manifest recorded: " + ", ".join(changed),
+            f"not what {'its digest' if changed == (FILE,) else 'the manifest'} recorded: {', '.join(changed)}",
             "convert the checkpoint again, or judge it as it is: infexport validate parity --no-verify",
         )
-    return Bundle(path, manifest, changed)
+    if digest is not None and manifest.digest != digest.lower():
+        raise InfexportError(
+            f"another bundle than was asked for: {path}",
+            f"received digest {manifest.digest}, expected {digest}",
+            "fetch it again, or ask who made it",
+        )
+    bundle = Bundle(path, manifest, changed)
+    if not changed:
+        _ = bundle.labels  # what is wrong with them is said before the long work, not after it
+    return bundle
+
+
+def _steadily(path: Path, look: Callable[[], T]) -> T:
+    """Look at a folder; where that fails, again if another one was put in its place: something was seen of each."""
+    while True:
+        before = _stamp(path)
+        try:
+            return look()
+        except (InfexportError, FileNotFoundError):
+            if _stamp(path) == before:
+                raise
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Of a folder; its number alone may be given to the next one."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def create_bundle(path: Path, force: bool = False) -> AbstractContextManager[Path]:
@@ -180,27 +239,8 @@ def create_bundle(path: Path, force: bool = False) -> AbstractContextManager[Pat
     Raises:
         InfexportError: something is there already, or the place cannot be written to.
     """
-    return create_folder(path, lambda: _check_free(path, force))
-
-
-@contextmanager
-def create_folder(path: Path, check_free: Callable[[], None]) -> Iterator[Path]:
-    """As of `create_bundle`, for any folder.
-
-    Args:
-        path: where it shall be.
-        check_free: raises where what is there must not be replaced.
-    """
-    check_free()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~umask())
-        check_free()  # again: another process may have made it meanwhile
-        _replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    recover(path / ENGINES)
+    return create_folder(path, lambda: _steadily(path, lambda: _check_free(path, force)))
 
 
 def _check_free(path: Path, force: bool) -> None:
@@ -214,16 +254,10 @@ def _check_free(path: Path, force: bool) -> None:
     if not force:
         raise InfexportError(f"the output exists: {path}", hint="choose another --output, or replace it with --force")
     try:
-        own = {FILE, ENGINES, *read_manifest(path / FILE).files}
+        foreign = _foreign(path)
     except InfexportError as error:
         hint = "choose another --output, or delete the folder yourself"
         raise InfexportError(f"the output holds a bundle that cannot be read: {path}", error.details, hint) from error
-    foreign = sorted(item.name for item in path.iterdir() if item.name not in own)
-    foreign += sorted(
-        item.name
-        for item in path.glob(f"{ENGINES}/*")
-        if not item.name.endswith((".engine", ".engine.json")) and not item.name.startswith(".partial-")
-    )
     if foreign:
         raise InfexportError(
             f"the output holds files that are not the bundle's: {path}",
@@ -232,26 +266,13 @@ def _check_free(path: Path, force: bool) -> None:
         )
 
 
-def umask() -> int:
-    """The process's file mode creation mask."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _replace(new: Path, path: Path) -> None:
-    if not path.exists() or not any(path.iterdir()):
-        new.rename(path)  # an empty folder is replaced, one that is not refuses
-        return
-    old = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
-    path.rename(old / "old")
-    try:
-        new.rename(path)
-    except OSError:
-        (old / "old").rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+def _foreign(path: Path) -> list[str]:
+    """What is in a bundle's folder and not its own."""
+    own = {FILE, ENGINES, *read_manifest(path / FILE).files}
+    foreign = sorted(item.name for item in path.iterdir() if item.name not in own and not item.match(f"{PREFIX}*"))
+    return foreign + sorted(
+        item.name for item in path.glob(f"{ENGINES}/*") if not item.name.endswith((".engine", ".engine.json"))
+    )
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

@@ -24,12 +24,14 @@ from infexport.centrality import CENTRALITY
 from infexport.errors import InfexportError
 from infexport.graph import MAX_GRID, export_model
 from infexport.image_model import ImageModel
+from infexport.inputs import json_of, read_small
 from infexport.manifest import CENTRALITY_MODEL, LABELS, MODEL, Manifest, Stage
 from infexport.passes import Inputs, lower
 from infexport.stages import Beside, export_stages
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
+from infvit.config import MAX_TERMS
 from infvit.errors import CheckpointError
 from infvit.fold import fold
 from infvit.network import InfViT
@@ -37,8 +39,6 @@ from infvit.network import InfViT
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 OUTPUTS = ("logits", "features")
-MAX_TERMS = 1000
-"""Of the Neumann series: each is a sweep over all pairs of tokens, and unrolled in the graph."""
 
 
 @dataclass(frozen=True)
@@ -232,10 +232,10 @@ def _preprocessing(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[dic
 def _read_labels(file: Path) -> list[str]:
     """One label a line, a JSON list, or a JSON object of index → label."""
     try:
-        text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        text = read_small(file).decode("utf-8-sig")  # with or without a byte order mark
         if not text.lstrip().startswith(("[", "{")):
-            return text.removesuffix("\n").split("\n")
-        values = json.loads(text)
+            return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+        values = json_of(text)
         if isinstance(values, dict):
             return [str(values[str(i)]) for i in range(len(values))]
         return [str(value) for value in values]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
-import json
-import tempfile
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from infexport.atomic import alone, partial_folder, put, recover, sweep
 from infexport.backends import Backend
 from infexport.bundle import ENGINES, Bundle, sha256
+from infexport.digest import sealed
 from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.machine import cache_folder
@@ -85,24 +88,28 @@ def build_engines(bundle: Bundle, plan: Plan, listener: Listener) -> list[tuple[
             refuses or crashes.
     """
     parts = _parts(bundle, plan)
-    folder = bundle.path / ENGINES
+    folder = (bundle.path / ENGINES).resolve()  # it may be a link to a disk with more room
     try:
-        folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
-            version, built = _build(bundle, plan, parts, Path(scratch), listener)
+        recover(folder)
+        sweep(folder.parent)
+        if folder.is_dir() and not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        with partial_folder(folder.parent) as scratch:
+            engines = scratch / ENGINES
+            engines.mkdir()
+            version, built = _build(bundle, plan, parts, scratch, listener)
             facts = _facts(bundle, plan) | {"backend_version": version}
             made = []
             for part, found in zip(parts, built, strict=True):
-                engine = Path(scratch) / part.engine
+                engine = engines / part.engine
                 files = {name: bundle.manifest.files[name] for name in _files(bundle, part.graph)}
                 sidecar = facts | {"graph": files, "profile": part.shapes, "sha256": sha256(engine)}
                 sidecar |= {"bytes": engine.stat().st_size, **found}
-                engine.with_name(engine.name + ".json").write_text(json.dumps(sidecar, indent=2) + "\n")
-                made.append((folder / part.engine, sidecar))
-            for engine, _ in made:
-                # killed between the two, a sidecar stands beside an engine it does not describe: its hash tells
-                for name in (engine.name + ".json", engine.name):
-                    (Path(scratch) / name).replace(folder / name)
+                engine.with_name(engine.name + ".json").write_bytes(sealed(sidecar))
+                made.append((bundle.path / ENGINES / part.engine, sidecar))
+            with alone(folder.parent):  # another build may be putting its own
+                _keep(folder, engines)
+                put(engines, folder)
     except OSError as error:
         raise InfexportError(
             f"cannot write the engine: {folder}",
@@ -110,6 +117,22 @@ def build_engines(bundle: Bundle, plan: Plan, listener: Listener) -> list[tuple[
             "the bundle must be writable, with room for the engine",
         ) from error
     return made
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Have the new folder hold what the old one has and it has not itself: it takes its place, all at once."""
+
+    def link(source: str, target: str) -> None:
+        if not os.path.lexists(target):
+            try:
+                os.link(source, target)
+            except OSError:  # this file system has no links
+                shutil.copy2(source, target)
+
+    if old.is_dir():
+        mode = new.stat().st_mode
+        shutil.copytree(old, new, copy_function=link, dirs_exist_ok=True)
+        new.chmod(mode)
 
 
 def _parts(bundle: Bundle, plan: Plan) -> list[_Part]:
@@ -199,7 +222,7 @@ def _build(
             {
                 "name": part.graph,
                 "graph": str((bundle.path / part.graph).absolute()),
-                "engine": str((scratch / part.engine).absolute()),
+                "engine": str((scratch / ENGINES / part.engine).absolute()),
                 "profile": part.shapes,
             }
             for part in parts

@@ -57,7 +57,7 @@ def sets_of(bundle: Bundle, kind: Kind) -> list[EngineSet]:
         for name, engines in found.items()
         if needed and all(graph in engines for graph in needed)
     ]
-    # a build that was killed while it put them in place leaves some of its own and some of an earlier one
+    # those of two builds may not fit together; only hands can have put them side by side
     return [each for each in sets if len({_build_of(engine) for engine in each.engines.values()}) == 1]
 
 
@@ -119,7 +119,7 @@ STATES = {
     "stale": "built from another graph than the bundle's",
     "modified": "the engine is not what its sidecar says",
     "missing": "the engine is missing",
-    "unreadable": "the sidecar cannot be read",
+    "unreadable": "the sidecar is not as infexport wrote it",
 }
 
 

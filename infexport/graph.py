@@ -78,13 +78,17 @@ def _evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Have the exporter and its optimisers say nothing but errors: what they could not fold is no user's business."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def program_of(
@@ -105,7 +109,7 @@ def program_of(
     operators = _operators()
     _register_schemas(operators)
     table: dict[Any, Any] = {operator.TORCH_OP: operator.translate for operator in operators}
-    with _evaluating(module), warnings.catch_warnings(), _quiet(logging.getLogger("torch.onnx")):
+    with _evaluating(module), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")  # the exporter warns about its own deprecations and about no torchvision
         program = torch.onnx.export(
             module,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infexport.digest import DIGEST, is_sealed, sealed
 from infexport.errors import InfexportError
+from infexport.inputs import is_plain_name, json_of, read_small
 
 FILE = "infexport.json"
 MODEL = "model.onnx"
@@ -17,8 +18,8 @@ CENTRALITY_MODEL = "centrality.onnx"
 """The whole graph with the output `centrality`; its weights are those of MODEL."""
 LABELS = "labels.json"
 PRECISIONS = ("fp32", "fp16", "int8")
-FORMAT = 1
-"""Version of the manifest. A reader refuses what is newer than itself."""
+FORMAT = 2
+"""Version of the manifest; in 2 it has a digest of itself. A reader refuses any other."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Manifest:
         calibration: for `int8` with fixed ranges of activations: the number of `images` that fixed them; None where
             ranges are found at run time.
         stages: the graphs of a streamed run, in order; None where the graph is not folded.
+        digest: SHA-256 of the manifest, and so of all that it has the hashes of (`sealed`); filled in where it is
+            written.
     """
 
     config: dict[str, Any]
@@ -81,6 +84,7 @@ class Manifest:
     format: int = FORMAT
     calibration: dict[str, Any] | None = None
     stages: list[Stage] | None = None
+    digest: str = ""
 
     @property
     def graph(self) -> dict[str, str]:
@@ -88,42 +92,46 @@ class Manifest:
         return {name: digest for name, digest in self.files.items() if name.startswith(MODEL)}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of a bundle.
+def read_sealed(file: Path) -> tuple[dict[str, Any], bool]:
+    """A JSON object from a file of a bundle, and whether it is as it was written.
 
     Raises:
         InfexportError: unreadable, not JSON, or not an object.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        content = read_small(file)
+        values = json_of(content)
     except (ValueError, OSError) as error:
         raise InfexportError(
             f"unreadable: {file}", str(error), "make it again: it is not as infexport wrote it"
         ) from error
     if not isinstance(values, dict):
         raise InfexportError(f"unreadable: {file}", f"received a {type(values).__name__}, expected a JSON object")
-    return values
+    return values, is_sealed(content, values.get(DIGEST))
 
 
 def read_manifest(file: Path) -> Manifest:
-    """Read a manifest and check everything the tool relies on.
+    """A manifest, as of `load_manifest`."""
+    return load_manifest(file)[0]
+
+
+def load_manifest(file: Path) -> tuple[Manifest, bool]:
+    """Read a manifest and check everything the tool relies on; and whether it is as it was written.
 
     Raises:
-        InfexportError: unreadable, newer than this tool, or not as the tool wrote it; names the field.
+        InfexportError: unreadable, of another format than this tool's, or not as the tool wrote it; names the field.
     """
-    values = read_json(file)
+    values, intact = read_sealed(file)
     found = values.get("format")
-    if type(found) is int and found > FORMAT:
+    if type(found) is int and found != FORMAT:
+        newer = found > FORMAT
         raise InfexportError(
-            f"the bundle is newer than this infexport: {file.parent}",
-            f"received manifest format {found}, expected at most {FORMAT}",
-            "upgrade infexport, or convert the checkpoint with this version",
+            f"the bundle is {'newer' if newer else 'older'} than this infexport: {file.parent}",
+            f"received format {found} of {FILE}, expected {FORMAT}",
+            ("upgrade infexport, or " if newer else "") + "convert the checkpoint with this version",
         )
-    known = {f.name for f in dataclasses.fields(Manifest)}
-    # a field with a default came later than format 1 did: a bundle without it is an older one
-    needed = {f.name for f in dataclasses.fields(Manifest) if f.default is dataclasses.MISSING}
-    wrong = sorted((needed - values.keys()) | (values.keys() - known))
-    wrong = wrong or [name for name, good in _CHECKS.items() if name in values and not good(values[name])]
+    wrong = sorted(values.keys() ^ {field.name for field in dataclasses.fields(Manifest)})
+    wrong = wrong or [name for name, good in _CHECKS.items() if not good(values[name])]
     # what is not among the files is never hashed, and must not be run
     if not wrong and any(stage["graph"] not in values["files"] for stage in values.get("stages") or ()):
         wrong = ["stages"]
@@ -135,20 +143,29 @@ def read_manifest(file: Path) -> Manifest:
         )
     if values.get("stages") is not None:
         values["stages"] = [Stage(**stage) for stage in values["stages"]]
-    return Manifest(**values)
+    return Manifest(**values), intact
 
 
 def write_manifest(file: Path, manifest: Manifest) -> None:
-    text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8", errors="replace")
+    """Write it with its digest."""
+    file.write_bytes(sealed(dataclasses.asdict(manifest)))
 
 
 def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def _hashes(value: Any) -> bool:
+    """Of files of one folder: a name with `..` could be made to name any file of this machine."""
+    return _texts(value) and all(map(is_plain_name, value))
+
+
+def _path(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value and value == value.encode("utf-8", "replace").decode()
+
+
 def _positive(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= 2**31 - 1
 
 
 def _numbers(value: Any) -> bool:
@@ -168,9 +185,60 @@ def _stage(value: Any) -> bool:
     return texts and names("inputs") and names("outputs") and isinstance(value.get("optional", False), bool)
 
 
+_GIVEN = {
+    "nothing": set[str](),
+    "image": {"image", "row", "column", "grid_height", "grid_width"},
+    "tokens": {"query"},
+    "pairs": set[str](),
+    "class_token": set[str](),
+}
+"""What a stage is called for → what it is given that no other stage makes."""
+
+
+def _stages(value: Any) -> bool:
+    """Whether every stage can be run after those before it, with the optional ones and without."""
+    if not isinstance(value, list) or not all(map(_stage, value)):
+        return False
+    return all(
+        _in_order([stage for stage in value if all_of_them or not stage.get("optional")]) for all_of_them in (0, 1)
+    )
+
+
+def _in_order(stages: list[dict[str, Any]]) -> bool:
+    made: set[str] = set()
+    for stage in stages:
+        over, inputs, outputs = stage["over"], stage["inputs"], stage["outputs"]
+        good = over in _GIVEN and set(inputs) <= made | _GIVEN[over]
+        good = good and (over != "image" or "tokens" in outputs)
+        good = good and (over != "pairs" or inputs[:1] in (["q"], ["k"]))
+        if not good or ("query" in inputs and not {"q", "query"} & made):
+            return False
+        made |= set(outputs)
+    # the class token, then the patches, and neither again
+    overs = [stage["over"] for stage in stages]
+    once = overs[:2] == ["nothing", "image"] and not {"nothing", "image"} & {*overs[2:]}
+    return once and {"logits", "features"} <= {*stages[-1]["outputs"]}
+
+
 _INTEGERS = ("image_size", "patch_size", "depth", "embed_dim", "num_heads", "mlp_dim", "num_classes", "neumann_terms")
+
+
+def _neumann(value: Any) -> bool:
+    bounds = ("a_priori_bound", "a_posteriori_bound")
+    if not isinstance(value, dict) or not _positive(value.get("terms")):
+        return False
+    return value["terms"] == 1 or all(isinstance(value.get(name), float) for name in bounds)
+
+
+_FLAGS = ("attention_dense", "pooler", "qkv_bias", "rho_per_head")
 _CHECKS = {
-    "config": lambda v: isinstance(v, dict) and "variant" in v and all(_positive(v.get(name)) for name in _INTEGERS),
+    "config": lambda v: (
+        isinstance(v, dict)
+        and isinstance(v.get("variant"), str)
+        and isinstance(v.get("norm_eps"), float | int)
+        and all(_positive(v.get(name)) for name in _INTEGERS)
+        and all(isinstance(v.get(name), bool) for name in _FLAGS)
+    ),
     "preprocessing": lambda v: (
         isinstance(v, dict)
         and _numbers(v.get("mean"))
@@ -180,17 +248,18 @@ _CHECKS = {
         and _positive(v.get("crop_size"))
         and {"resize_mode", "interpolation"} <= v.keys()
     ),
-    "checkpoint": lambda v: isinstance(v, dict) and isinstance(v.get("path"), str) and _texts(v.get("files")),
-    "files": lambda v: _texts(v) and MODEL in v,
+    "checkpoint": lambda v: isinstance(v, dict) and _path(v.get("path")) and _hashes(v.get("files")),
+    "files": lambda v: _hashes(v) and MODEL in v and FILE not in v,
     "versions": _texts,
     "assumed": lambda v: isinstance(v, dict),
-    "neumann": lambda v: v is None or (isinstance(v, dict) and "terms" in v and (v["terms"] == 1 or len(v) == 3)),
+    "neumann": lambda v: v is None or _neumann(v),
     "precision": lambda v: v in PRECISIONS,
     "calibration": lambda v: v is None or (isinstance(v, dict) and _positive(v.get("images"))),
     "input": lambda v: v in ("uint8", "float32"),
-    "stages": lambda v: v is None or (isinstance(v, list) and all(map(_stage, v))),
-    "parameters": _positive,
+    "stages": lambda v: v is None or _stages(v),
+    "parameters": lambda v: type(v) is int and 0 < v < 2**53,
     "rho": lambda v: v is None or isinstance(v, float),
     "format": _positive,
+    "digest": lambda v: isinstance(v, str),
 }
 """Field → whether its value is one the tool can work with."""

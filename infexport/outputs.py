@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from infexport.atomic import partial_folder, sweep, sync_entry
 from infexport.errors import InfexportError
 
 
 def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) -> None:
-    """Find out before the long work, not after it, that a file cannot be written. Its folder is made.
+    """Find out before the long work, not after it, that a file cannot be written.
+
+    Its folder is made, and rid of what killed processes left in it.
 
     Args:
         path: the file.
@@ -34,6 +38,7 @@ def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) 
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        sweep(path.parent)
     except OSError as error:
         raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error
 
@@ -49,10 +54,13 @@ def written(path: Path, kind: str, hint: str) -> Iterator[BinaryIO]:
         InfexportError: it cannot be written.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-            partial = Path(folder) / f"{kind}{path.suffix}"  # made here, it has the mode everyone's files have
+        with partial_folder(path.parent) as folder:
+            partial = folder / f"{kind}{path.suffix}"  # made here, it has the mode everyone's files have
             with partial.open("wb") as file:
                 yield file
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
+        sync_entry(path.parent)
     except OSError as error:
         raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error

@@ -30,6 +30,7 @@ class Predictor:
 
     Args:
         bundle: the folder.
+        digest: the bundle's, where it is known from elsewhere; another bundle is refused.
         size, edge, provider, engine, threads, execution, memory, chunk, tokens, scratch, batch_size: as of
             `infexport run-engine`; `memory` in bytes.
         centrality: what `predict` returns has it.
@@ -39,6 +40,7 @@ class Predictor:
         self,
         bundle: Path | str,
         *,
+        digest: str | None = None,
         size: Literal["trained", "native"] | int = "trained",
         edge: Literal["pad", "crop"] = "pad",
         execution: Execution = "auto",
@@ -54,17 +56,21 @@ class Predictor:
     ) -> None:
         folder = None if scratch is None else Path(scratch)
         policy = Policy(execution, memory, folder, chunk, tokens == "float16", batch_size, centrality)
-        self.path, self._request = Path(bundle), Request(policy, size, edge, provider, engine, threads, centrality)
+        self.path, self._digest = Path(bundle), digest
+        self._request = Request(policy, size, edge, provider, engine, threads, centrality)
 
     @classmethod
     def of(cls, bundle: Bundle, request: Request, opening: Opening | None = None) -> Self:
         """For a bundle that is open already, and, if given, with what opens other runners (`infexport.run.Run`)."""
         self = cls.__new__(cls)
-        self.path, self._request, self.bundle, self._run = bundle.path, request, bundle, Run(bundle, request, opening)
+        self.path, self._digest, self.bundle = bundle.path, None, bundle
+        self._request, self._run = request, Run(bundle, request, opening)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_request": self._request}  # what is open stays where it is
+        # what is open stays where it is; elsewhere it is to be the same bundle
+        digest = self.bundle.manifest.digest if "bundle" in vars(self) else self._digest
+        return {"path": self.path, "_digest": digest, "_request": self._request}
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +87,7 @@ class Predictor:
         Raises:
             InfexportError: as of `open_bundle`.
         """
-        return open_bundle(self.path)
+        return open_bundle(self.path, digest=self._digest)
 
     @cached_property
     def _run(self) -> Run:

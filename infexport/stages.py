@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from infexport.centrality import CENTRALITY
-from infexport.graph import MAX_GRID, attach_bodies, program_of
+from infexport.graph import MAX_GRID, attach_bodies, program_of, quiet
 from infexport.image_model import ImageModel
 from infexport.manifest import Stage
 from infvit.sweeps import Score, Sweep, sweeps
@@ -71,7 +71,8 @@ def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
             yield stage, None
             continue
         program.model = _part(together, parts.index(cut[first[kind]]), sweep, tensors)
-        program.optimize()
+        with quiet():
+            program.optimize()
         yield stage, attach_bodies(program.model)
 
 

@@ -30,6 +30,7 @@ def summary_lines(bundle: Bundle) -> list[str]:
         f"images      trained at {size}x{size}, patch {patch}; any size that is a multiple of {patch}",
         f"input       {_input(manifest)}",
         f"precision   {_precision(manifest)}{', folded' if manifest.folded else ''}",
+        f"digest      {manifest.digest}",
         f"checkpoint  {manifest.checkpoint['path']} (layout {manifest.layout})",
         f"streaming   {f'{len(manifest.stages)} stages' if manifest.stages else 'no stages: whole images only'}",
     ]

@@ -6,9 +6,7 @@ import fcntl
 import functools
 import gc
 import hashlib
-import importlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.numpy import load_file
-from support import GOLDEN, ZOO
+from support import GOLDEN, ZOO, script
 
 from infexport.cli import cli
 
@@ -42,11 +40,17 @@ def domains_read_once() -> None:
 
 
 @pytest.fixture(scope="session")
-def infexport() -> Callable[..., Result]:
-    """Run the command line in this process: `infexport("inspect", bundle)`; exit code 0 unless told."""
+def cli_result() -> Callable[..., Result]:
+    """Run the command line in this process, whatever comes of it."""
+    return lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def infexport(cli_result: Callable[..., Result]) -> Callable[..., Result]:
+    """As `cli_result`: `infexport("inspect", bundle)`; exit code 0 unless told."""
 
     def run(*arguments: Any, exit_code: int = 0) -> Result:
-        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        result = cli_result(*arguments)
         told = f"{result.stdout}\n{result.stderr}"
         assert result.exception is None or isinstance(result.exception, SystemExit), f"{result.exception!r}\n{told}"
         assert result.exit_code == exit_code, told
@@ -118,14 +122,6 @@ def golden_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
     return get
 
 
-def script(name: str) -> ModuleType:
-    """A script of the project as a module, as it is to another one beside it."""
-    folder = str(ZOO.parent.parent / "scripts")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="session")
 def train_digits() -> ModuleType:
     """The script that trained the zoo's first models."""
@@ -142,3 +138,15 @@ def train_canvases() -> ModuleType:
 def measure_scale() -> ModuleType:
     """The script that has what workers on one image exchange."""
     return script("measure_scale")
+
+
+@pytest.fixture(scope="session")
+def soak() -> ModuleType:
+    """The script that looks for what grows."""
+    return script("soak")
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Callable[[str], ModuleType]:
+    """A module of the fuzzer: `hostile("cases")`."""
+    return lambda name: script(f"hostile.{name}")

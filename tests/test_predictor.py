@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -102,7 +103,7 @@ def test_it_is_opened_by_the_first_call_and_once(bundle, monkeypatch):
     second = predictor(DIGITS[:1])
     assert len(opened) == 1
     copy = pickle.loads(pickle.dumps(predictor))
-    assert vars(copy).keys() == {"path", "_request"}
+    assert vars(copy).keys() == {"path", "_digest", "_request"}
     assert np.array_equal(copy(DIGITS[:1])["logits"], first["logits"])
     assert np.array_equal(second["logits"], first["logits"])
     with predictor:
@@ -152,3 +153,21 @@ print(sorted({{"torch", "onnx", "ray", "fsspec", "pyarrow"}} & sys.modules.keys(
 """
     told = subprocess.check_output([sys.executable, "-c", code], text=True).split("\n")
     assert told[:2] == [DIGITS[0].name[0], "[]"]
+
+
+def test_another_bundle_than_was_asked_for_is_refused(zoo_bundle, infexport, tmp_path):
+    """By the digest that somebody was told; and elsewhere a pickled predictor runs no other one."""
+    bundle, other = (shutil.copytree(zoo_bundle(name), tmp_path / name) for name in ("digits-linear", "digits-pure"))
+    digest = open_bundle(bundle).manifest.digest
+    infexport("run-engine", bundle, DIGITS[0], "--digest", digest.upper())
+    told = infexport("run-engine", other, DIGITS[0], "--digest", digest, exit_code=2).stderr
+    assert "another bundle than was asked for" in told
+    assert digest in told
+    with pytest.raises(InfexportError, match="another bundle"):
+        Predictor(other, digest=digest).predict([])
+    sent = pickle.dumps(Predictor.of(open_bundle(bundle), Predictor(bundle)._request))
+    assert pickle.loads(sent).predict([DIGITS[0]])
+    shutil.rmtree(bundle)
+    other.rename(bundle)
+    with pytest.raises(InfexportError, match="another bundle"):
+        pickle.loads(sent).predict([DIGITS[0]])

@@ -14,6 +14,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from infexport.bundle import open_bundle
+from infexport.digest import sealed
 from infexport.errors import InfexportError
 from infexport.predictions import Failure
 from infexport.runners.ort import Port
@@ -62,7 +63,7 @@ def engines(digits, tmp_path):
             "chunk": None,
             "layers": {},
         }
-        engine.with_name(engine.name + ".json").write_text(json.dumps(facts | changes))
+        engine.with_name(engine.name + ".json").write_bytes(sealed(facts | changes))
 
     return folder, add
 
@@ -133,7 +134,7 @@ def test_labels_are_lines(infexport, digits, tmp_path):
     (bundle / "labels.json").write_text(json.dumps([f"class\n{i}" for i in range(10)]))
     manifest = json.loads((bundle / "infexport.json").read_text())
     manifest["files"]["labels.json"] = hashlib.sha256((bundle / "labels.json").read_bytes()).hexdigest()
-    (bundle / "infexport.json").write_text(json.dumps(manifest))
+    (bundle / "infexport.json").write_bytes(sealed(manifest))
     infexport("package", "triton", bundle, "-o", tmp_path / "r")
     lines = (tmp_path / "r" / "b" / "labels.txt").read_text().splitlines()
     assert lines == [f"class {i}" for i in range(10)]
@@ -210,6 +211,7 @@ def test_engines_that_cannot_be_served(made, options, words, infexport, engines,
         (("--backend", "tensorrt", "--threads", 2), "--threads is for --backend onnxruntime or python, not tensorrt"),
         (("--engine", "a100-fp16"), "--engine is for --backend tensorrt or python"),
         (("--backend", "tensorrt", "--device", "cpu"), "engines run on a GPU"),
+        (("--instances", "9" * 30), "is not in the range"),
         (("--name", "../digits"), "no name for a model: '../digits'"),
         (("--backend", "python", "--max-pixels", 4095), "images of the trained size would be refused"),
     ],

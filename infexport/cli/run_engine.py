@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from infexport.cli.options import Address, Bytes, ImageName, Size
+from infexport.cli.options import Address, Bytes, ImageName, Size, threads_option
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
 from infexport.errors import InfexportError
@@ -27,6 +27,11 @@ DETAILS = ("mean", "layers", "heads")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", type=ImageName(), nargs=-1)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a .json, .csv, .npz or .parquet file.")
+@click.option(
+    "--digest",
+    metavar="SHA256",
+    help="Run this very bundle or none; infexport inspect shows a bundle's. Engines are not part of it.",
+)
 @click.option("--size", type=Size(), metavar="trained|native|N", default="trained", show_default=True,
               help="The recorded evaluation transform, the image as it is, or that transform at N pixels.")  # fmt: skip
 @click.option("--edge", type=click.Choice(["pad", "crop"]), default="pad", show_default=True,
@@ -62,7 +67,7 @@ DETAILS = ("mean", "layers", "heads")
     show_default=True,
     help="Images of equal grid at once.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
+@threads_option
 @click.option("--ray", "address", type=Address(), is_flag=False, flag_value="local", metavar="[ADDRESS]",
               help="Run many images on many workers, by Ray: on this machine, or on the cluster at auto, HOST:PORT or "
               "ray://HOST:PORT (extra 'scale').")  # fmt: skip
@@ -74,6 +79,7 @@ def run_engine(
     bundle: Path,
     images: tuple[Path | str, ...],
     output: Path | None,
+    digest: str | None,
     size: Any,
     edge: Any,
     top_k: int,
@@ -132,7 +138,7 @@ def run_engine(
         raise click.UsageError(
             "--shard-image streams, with tokens in memory: leave out --scratch and --execution whole"
         )
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, digest=digest)
     if clean:
         out.status(f"freed {scratches.clean(scratch or cache_folder()) / 1e9:.2f} GB")
         if not images:
@@ -205,6 +211,7 @@ def _drawing(
             extent = heatmaps.region(image, answer.grid, patch, request.size, transform)
             figure = heatmaps.figure_of(answer.centrality, pixels, image, extent, title, detail)
             heatmaps.save(figure, folder / f"{names[index]}.png")
+            figure.clear()  # its parts hold each other: Python would look for them only now and then
         except InfexportError as error:  # the answer is none the worse for it
             undrawn.append(error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from infexport.bundle import ENGINES, Bundle
-from infexport.engines import EngineSet, Kind, choose
+from infexport.engines import STATES, EngineSet, Kind, choose
 from infexport.errors import InfexportError
 from infexport.manifest import CENTRALITY_MODEL
 from infexport.runners import Deployed, Stages
@@ -76,6 +76,9 @@ class Opening:
         if not found:
             reasons = "; ".join([refused[0].summary, *refused[0].details.splitlines()])
             self.notes.append(f"no engine is used: {reasons}")
+        for engine in self.bundle.engines if found else ():
+            if engine["state"] not in ("current", "stale"):  # others do its work, but somebody should know
+                self.notes.append(f"not used: {engine['file']}: {STATES[engine['state']]}")
         return found
 
     @property

@@ -36,11 +36,12 @@ class Worker:
 
     Args:
         bundle: the folder.
+        digest: of the bundle that all workers run.
         request: what is asked for.
     """
 
-    def __init__(self, bundle: Path, request: Request) -> None:
-        self._path, self._request = bundle, request
+    def __init__(self, bundle: Path, digest: str, request: Request) -> None:
+        self._path, self._digest, self._request = bundle, digest, request
         self._bundle: Bundle | None = None
         self._stages: Stages | None = None
         self._sessions = ExitStack()
@@ -127,7 +128,7 @@ class Worker:
     @property
     def _opened(self) -> Bundle:
         if self._bundle is None:
-            self._bundle = open_bundle(self._path)
+            self._bundle = open_bundle(self._path, digest=self._digest)
         return self._bundle
 
 
@@ -137,12 +138,13 @@ class RayTeam:
     Args:
         ray: connected.
         workers: of the cluster; each is an actor.
-        bundle, request: as of `Worker`.
+        bundle: which lies at the same path for all.
+        request: as of `Worker`.
     """
 
-    def __init__(self, ray: ModuleType, workers: Workers, bundle: Path, request: Request) -> None:
+    def __init__(self, ray: ModuleType, workers: Workers, bundle: Bundle, request: Request) -> None:
         self._ray, self._workers, self.count = ray, workers, workers.count
-        self._arguments = bundle, request
+        self._arguments = bundle.path, bundle.manifest.digest, request
         asking = ray.method(concurrency_group="asking")
         actor = type("InfexportShard", (Worker,), {"done": asking(Worker.done)})
         self._class = ray.remote(concurrency_groups={"asking": 1})(actor)
@@ -280,7 +282,7 @@ def predict(
     if bundle.manifest.stages is None:
         raise no_stages()
     rows: list[Row] = []
-    with closing(RayTeam(ray, workers, bundle.path, request)) as team:
+    with closing(RayTeam(ray, workers, bundle, request)) as team:
         try:
             provider, precision, notes, chunk = team.open(listener.status)
         except Lost as error:

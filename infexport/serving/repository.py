@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infexport.bundle import ENGINES, Bundle, create_folder, open_bundle
+from infexport.atomic import create_folder
+from infexport.bundle import ENGINES, Bundle, open_bundle
 from infexport.engines import EngineSet, sets_of
 from infexport.errors import InfexportError
 from infexport.extras import require

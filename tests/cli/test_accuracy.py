@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import ZOO
+
+from infexport.digest import sealed
+from infexport.errors import InfexportError
+from infexport.labelled import Classes, read_labelled
 
 RIGHT, ALL = 446, 450
 """Held-out digits that digits-linear names rightly."""
@@ -230,7 +235,7 @@ def test_no_pytorch_is_for_where_there_is_none(infexport, bundle, few, monkeypat
     shutil.copytree(bundle, tmp_path / "b")
     manifest = json.loads((tmp_path / "b" / "infexport.json").read_text())
     manifest["checkpoint"]["path"] = str(tmp_path / "gone")
-    (tmp_path / "b" / "infexport.json").write_text(json.dumps(manifest))
+    (tmp_path / "b" / "infexport.json").write_bytes(sealed(manifest))
     told = infexport("validate", "accuracy", tmp_path / "b", few, exit_code=2).stderr
     assert "the recorded checkpoint is gone" in told
     assert "--no-pytorch" in told
@@ -272,3 +277,9 @@ def test_native_sizes_are_the_same_in_both(infexport, bundle, tmp_path):
         assert report["images"] == report["pytorch"]["images"] == 4
         assert report["pytorch"]["agreement"]["share"] == 1
         assert report["pytorch"]["largest_difference"] < 5e-6
+
+
+def test_a_pipe_is_no_list_of_labels(tmp_path):
+    os.mkfifo(tmp_path / "labels.csv")
+    with pytest.raises(InfexportError, match="no ordinary file"):
+        read_labelled(tmp_path / "labels.csv", Classes(10, None))

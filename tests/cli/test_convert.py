@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import stat
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -118,6 +120,15 @@ def test_without_folding(name, infexport, golden_bundle, golden_images, tmp_path
         final = [node.input[0] for node in graph.node if node.op_type == "LayerNormalization"][-1]
         (tokens,) = (value.type.tensor_type.shape.dim[1] for value in graph.value_info if value.name == final)
         assert (tokens.dim_value == 1) is folded
+
+
+def test_what_is_said(tmp_path):
+    """Of the exporter's optimisers nothing: a process of its own, in which nobody has set up logging."""
+    command = [sys.executable, "-m", "infexport", "convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    said = [line.split()[0] for line in done.stderr.splitlines()]
+    assert said[:3] == ["reading", "exporting", "hashing"]
+    assert set(said[3:]) <= {"assumed", "warning:"}
 
 
 def test_labels_from_lines(infexport, tmp_path):

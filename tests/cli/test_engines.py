@@ -14,6 +14,7 @@ from support import relative_error
 from infexport import backends, engines
 from infexport.backends import TensorRTRTX
 from infexport.bundle import open_bundle
+from infexport.digest import sealed
 from infexport.lowering import Lowering
 from infexport.runners import opening
 from infexport.targets import Gpu
@@ -286,16 +287,29 @@ def damage(engine):
     engine.write_bytes(content)
 
 
+NOT_OURS = "the sidecar is not as infexport wrote it"
+
+
 def stale(engine):
     sidecar = engine.with_name(engine.name + ".json")
     facts = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps(facts | {"graph": {"model.onnx": "0" * 64}}))
+    sidecar.write_bytes(sealed(facts | {"graph": {"model.onnx": "0" * 64}}))
+
+
+def without(name):
+    def change(engine):
+        sidecar = engine.with_name(engine.name + ".json")
+        facts = json.loads(sidecar.read_text())
+        del facts[name]
+        sidecar.write_bytes(sealed(facts))
+
+    return change
 
 
 def other(**changes):
     def change(engine):
         sidecar = engine.with_name(engine.name + ".json")
-        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+        sidecar.write_bytes(sealed(json.loads(sidecar.read_text()) | changes))
 
     return change
 
@@ -309,15 +323,22 @@ def other(**changes):
         (other(compute_capability="9.0"), "built for compute capability 9.0, this GPU has 8.0"),
         (other(backend_version="1.5.0"), "built with tensorrt-rtx 1.5.0, installed is 1.7.1.116"),
         (other(backend="tensorrt-lite"), "which this infexport does not know"),
-        (other(profile={"image": [[1], [2]]}), "the sidecar cannot be read"),
-        (other(profile={"image": [[1], [1], [1, 2]]}), "the sidecar cannot be read"),
-        (other(graph={}), "the sidecar cannot be read"),
-        (other(chunk=0), "the sidecar cannot be read"),
-        (other(precision="fp12"), "the sidecar cannot be read"),
-        (other(profile={}), "the sidecar cannot be read"),
-        (other(profile={"pictures": [[1, 8, 8, 3], [1, 8, 8, 3], [1, 8, 8, 3]]}), "the sidecar cannot be read"),
-        (other(layers={"REDUCE": 3}), "the sidecar cannot be read"),
-        (lambda engine: engine.with_name(engine.name + ".json").write_text("[]"), "the sidecar cannot be read"),
+        (other(profile={"image": [[1], [2]]}), NOT_OURS),
+        (other(profile={"image": [[1], [1], [1, 2]]}), NOT_OURS),
+        (other(graph={}), NOT_OURS),
+        (other(chunk=0), NOT_OURS),
+        (without("chunk"), NOT_OURS),
+        (other(precision="fp12"), NOT_OURS),
+        (other(profile={}), NOT_OURS),
+        (
+            other(profile={"pictures": [[1, 8, 8, 3], [1, 8, 8, 3], [1, 8, 8, 3]]}),
+            NOT_OURS,
+        ),
+        (other(layers={"REDUCE": 3}), NOT_OURS),
+        (
+            lambda engine: engine.with_name(engine.name + ".json").write_text("[]"),
+            NOT_OURS,
+        ),
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused_with_what_to_build(change, words, infexport, folder, gpu, pictures):

@@ -14,6 +14,7 @@ from support import ZOO, relative_error
 
 from infexport import heatmaps
 from infexport.centrality import Centrality
+from infexport.digest import sealed
 from infexport.synthetic import synthetic_image
 from infexport.transform import EvalTransform
 
@@ -87,14 +88,17 @@ def test_streamed_or_whole_the_numbers_are_the_same(infexport, zoo_bundle, tmp_p
 
 @pytest.mark.parametrize(("detail", "panels"), [("mean", 2), ("layers", 4), ("heads", 16)])
 def test_details(detail, panels, infexport, zoo_bundle, tmp_path, monkeypatch):
-    seen = []
-    save = heatmaps.save
-    monkeypatch.setattr(heatmaps, "save", lambda figure, file: (seen.append(figure), save(figure, file)))
+    seen, save = [], heatmaps.save
+
+    def look(figure, file):
+        seen.append(len([axes for axes in figure.axes if axes.images and axes.get_label() != "<colorbar>"]))
+        save(figure, file)
+
+    monkeypatch.setattr(heatmaps, "save", look)
     file = next(file for file in DIGITS if file.startswith("64/"))
     infexport("run-engine", zoo_bundle("canvases-linear"), HELD_OUT / file, *NATIVE, "--heatmaps", tmp_path,
               "--heatmap-detail", detail)  # fmt: skip
-    (figure,) = seen
-    assert len([axes for axes in figure.axes if axes.images and axes.get_label() != "<colorbar>"]) == panels
+    assert seen == [panels]
     assert (tmp_path / file.rpartition("/")[2]).stat().st_size > 10_000
 
 
@@ -199,7 +203,7 @@ def test_a_bundle_of_before_says_what_to_do(infexport, zoo_bundle, tmp_path):
     shutil.copytree(zoo_bundle("canvases-linear"), tmp_path / "b")
     manifest = json.loads((tmp_path / "b" / "infexport.json").read_text())
     del manifest["files"]["centrality.onnx"]
-    (tmp_path / "b" / "infexport.json").write_text(json.dumps(manifest))
+    (tmp_path / "b" / "infexport.json").write_bytes(sealed(manifest))
     (tmp_path / "b" / "centrality.onnx").unlink()
     image = HELD_OUT / next(iter(DIGITS))
     result = infexport("run-engine", tmp_path / "b", image, "--heatmaps", tmp_path / "maps", exit_code=2)

@@ -17,6 +17,7 @@ from PIL import Image
 from infexport import extras
 from infexport.bundle import sha256
 from infexport.centrality import Centrality
+from infexport.digest import sealed
 from infexport.heatmaps import overlay
 
 NASTY = "<script>alert(1)</script>"
@@ -158,7 +159,7 @@ def test_what_is_the_users_is_escaped(infexport, golden_bundle, golden_images, t
     (bundle / "labels.json").write_text(json.dumps([NASTY] * 10))
     manifest = json.loads((bundle / "infexport.json").read_text())
     manifest["files"]["labels.json"] = sha256(bundle / "labels.json")
-    (bundle / "infexport.json").write_text(json.dumps(manifest))
+    (bundle / "infexport.json").write_bytes(sealed(manifest))
     images, _ = golden_images("reference_linear")
     folder = tmp_path / "images<script>"
     folder.mkdir()
@@ -199,7 +200,7 @@ def test_a_bundle_without_centrality_or_many_tokens(infexport, golden_bundle, tm
     (bundle / "centrality.onnx").unlink()
     manifest = json.loads((bundle / "infexport.json").read_text())
     del manifest["files"]["centrality.onnx"]
-    (bundle / "infexport.json").write_text(json.dumps(manifest))
+    (bundle / "infexport.json").write_bytes(sealed(manifest))
     infexport(*arguments, "32")
     assert "No heat map: this bundle does not give centrality." in Page(tmp_path / "page.html").text
 
