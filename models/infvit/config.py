@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Variant = Literal["linear_infsa", "pure_infsa", "softmax"]
+MAX_TERMS = 1000
+"""Of the Neumann series: each is a sweep over all pairs of tokens, and unrolled in a graph."""
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
@@ -59,6 +61,8 @@ class InfViTConfig:
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, expected at least 1")
+        if self.neumann_terms > MAX_TERMS:
+            raise ValueError(f"neumann_terms is {self.neumann_terms}, expected at most {MAX_TERMS}")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps is {self.norm_eps}, expected more than 0")
         if self.embed_dim % self.num_heads:

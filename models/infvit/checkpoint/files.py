@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
+import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from infvit.checkpoint import pickles
 from infvit.errors import CheckpointError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -23,6 +24,8 @@ SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What Hugging Face's Trainer saves beside the weights.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*.pth")
+MAX_JSON = 2**24
+"""Bytes of a config or an index."""
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")
 # DistributedDataParallel and torch.compile put these before every key.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -75,9 +78,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: unreadable, not JSON, or not an object.
+        CheckpointError: unreadable, too large, not JSON, or not an object.
     """
     with reading(path):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:
+            received = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "no ordinary file"
+            raise CheckpointError(f"cannot read {path}", f"received: {received}\nexpected: at most {MAX_JSON:,} bytes")
         text = path.read_bytes()
     return _json_object(text, str(path))
 
@@ -155,19 +162,19 @@ def _torch_load(path: Path) -> Any:
     with reading(path):
         path.open("rb").close()
     try:
+        pickles.check(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols and TorchScript: said better below
             return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged file makes the unpickler raise almost anything
-        # torch's own text advises weights_only=False; it must not reach the user.
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
-            raise _damaged(path, "a PyTorch checkpoint of tensors", error) from error
+    except pickles.Refused as refused:
         raise CheckpointError(
             f"{path} holds Python objects, which are never loaded",
-            f"received: {refused[1]}\nexpected: tensors, and dicts, lists, numbers and strings around them",
+            f"received: {str(refused)[:200]}\nexpected: tensors, and dicts, lists, numbers and strings around them",
             "Save it again where it was made, with tensors only: torch.save(model.state_dict(), ...).",
-        ) from error
+        ) from refused
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything
+        # torch's own text advises weights_only=False; it must not reach the user.
+        raise _damaged(path, "a PyTorch checkpoint of tensors", error) from error
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> CheckpointError:
@@ -191,7 +198,11 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         if isinstance(content.get("config"), Mapping):
             config = _as_json(content["config"], path)
         content = content[wrapped[0]]
-    strange = [str(key) for key, value in content.items() if not (type(key) is str and torch.is_tensor(value))]
+    strange = [
+        key[:120] if isinstance(key, str) else type(key).__name__
+        for key, value in content.items()
+        if not (type(key) is str and torch.is_tensor(value))
+    ]
     if strange:
         raise CheckpointError(
             f"{path} holds no state dict",
@@ -203,10 +214,27 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def _as_json(config: Any, path: Path) -> dict[str, Any]:
     """An embedded config as it would come out of a JSON file: string keys, lists, nothing else to compare."""
+    name = f"the config in {path}"
     try:
-        return _json_object(json.dumps(config, default=repr, skipkeys=True), f"the config in {path}")
+        if _written_out(config, {}) > MAX_JSON:
+            raise CheckpointError(f"{name} is too large", f"expected: at most {MAX_JSON:,} bytes as JSON")
+        return _json_object(json.dumps(config, default=repr, skipkeys=True), name)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read the config in {path}", str(error)[:200]) from error
+
+
+def _written_out(value: Any, known: dict[int, int]) -> int:
+    """How much there is of a value, all that it has many times counted many times, each looked at once."""
+    if id(value) not in known:
+        known[id(value)] = 0  # met again within itself, JSON refuses it
+        inside: Iterable[Any] = ()
+        if isinstance(value, Mapping):
+            inside = [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            inside = value
+        own = len(value) if isinstance(value, str | bytes) else 1
+        known[id(value)] = own + sum(_written_out(item, known) for item in inside)
+    return known[id(value)]
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def resolve_config(
     try:
         return InfViTConfig.from_dict(values), assumed
     except ValueError as error:
-        raise CheckpointError("the checkpoint's shapes make no InfViT", str(error)) from error
+        raise CheckpointError("the checkpoint's shapes and settings make no InfViT", str(error)) from error
 
 
 def _read_shapes(tensors: Mapping[str, Named]) -> dict[str, Any]:

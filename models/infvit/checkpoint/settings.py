@@ -116,6 +116,11 @@ def number(setting: Setting, below: float = sys.float_info.max) -> float:
     return float(setting.value)
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written: JSON may have halves of surrogate pairs."""
+    return value == value.encode("utf-8", "replace").decode()
+
+
 def read_labels(setting: Setting | None, num_classes: int) -> tuple[str, ...] | None:
     """Class names, from a list or from Hugging Face's `{"0": name, …}`.
 
@@ -128,7 +133,7 @@ def read_labels(setting: Setting | None, num_classes: int) -> tuple[str, ...] | 
     if isinstance(labels, Mapping):
         by_index = {str(index): label for index, label in labels.items()}
         labels = [by_index.get(str(index)) for index in range(len(by_index))]
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+    if not isinstance(labels, list) or not all(isinstance(label, str) and _is_text(label) for label in labels):
         raise CheckpointError(
             f"cannot read {setting.found}",
             "expected: a list of names, or an object with a name for each of 0, 1, …",

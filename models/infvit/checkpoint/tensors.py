@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from infvit.errors import CheckpointError
 from infvit.network import InfViT
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST_SHARED = 4
+"""Times that the bytes of the storages may be met in tensors."""
 FUSED = ".attn.qkv."
 
 
@@ -29,8 +31,10 @@ def canonical_tensors(tensors: Mapping[str, Tensor], match: Match) -> dict[str, 
     """Tensors under canonical names, fused projections split: rows 0…E-1 are queries, then keys, then values.
 
     Raises:
-        CheckpointError: a tensor that holds no ordinary floats, or a fused one whose rows don't divide by 3.
+        CheckpointError: a tensor that holds no ordinary floats, or a fused one whose rows don't divide by 3; or tensors
+            that have far more numbers than the file.
     """
+    _check_storage([tensors[name] for name in match.renamed])
     named: dict[str, Named] = {}
     for name, canonical in match.renamed.items():
         tensor = tensors[name].detach()
@@ -80,8 +84,25 @@ def shape_text(tensor: Tensor) -> str:
     return f"[{', '.join(str(size) for size in tensor.shape)}]"
 
 
+def _check_storage(tensors: Sequence[Tensor]) -> None:
+    """Refuse views that make much of little: tied weights share a storage, but none has its numbers many times."""
+    plain = [tensor for tensor in tensors if _is_ordinary(tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in plain}
+    used = sum(tensor.numel() * tensor.element_size() for tensor in plain)
+    if used > MOST_SHARED * sum(storages.values()):
+        raise CheckpointError(
+            "the tensors have far more numbers than the file",
+            f"received: {used:,} bytes of tensors in {sum(storages.values()):,} bytes of storages",
+            "Save it again with tensors of their own: torch.save({k: v.clone() for k, v in state_dict.items()}, ...).",
+        )
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+
+
 def _check_kind(tensor: Tensor, name: str) -> None:
-    ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    ordinary = _is_ordinary(tensor)
     if not ordinary or tensor.dtype not in FLOATS:
         kind = "" if ordinary else f", {tensor.layout} on {tensor.device}"
         raise CheckpointError(
