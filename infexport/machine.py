@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine that this runs on: its processor, its memory, its folders."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import platform
 import sys
 from pathlib import Path
 
+CPUINFO, GROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
+
 
 def cpu_model() -> str:
     """The processor's name, or the architecture's where the system does not tell."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in CPUINFO.read_text().splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 return value.strip()
@@ -23,6 +25,33 @@ def cpu_model() -> str:
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_int8_products() -> bool:
+    """Whether the processor multiplies 8-bit numbers into 32-bit sums; where Linux doesn't say, it is taken to."""
+    try:
+        words = set(CPUINFO.read_text().split())
+    except OSError:
+        return True
+    return "flags" not in words or bool(words & {"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+def core_quota() -> float | None:
+    """Cores' worth of time that the control group grants, None where it sets no limit."""
+    try:
+        quota, period = (GROUP / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def memory_limit() -> int | None:
+    """Bytes that the control group may have, None where it sets no limit."""
+    try:
+        limit = (GROUP / "memory.max").read_text().strip()
+        return None if limit == "max" else int(limit)
+    except (OSError, ValueError):
+        return None
 
 
 def threads_alive() -> int | None:
@@ -46,26 +75,30 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def physical_memory() -> int:
+    """Bytes of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_memory() -> int:
     """Bytes that this process can have without swapping, as the system and its control group say."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    found = [physical_memory()]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
     except OSError:
         pass
-    group = Path("/sys/fs/cgroup")
+    limit = memory_limit()
     try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
+        if limit is not None:
             # files that are merely cached make room
             cached = next(
                 int(line.split()[1])
-                for line in (group / "memory.stat").read_text().splitlines()
+                for line in (GROUP / "memory.stat").read_text().splitlines()
                 if line.startswith("inactive_file ")
             )
-            found.append(int(limit) - int((group / "memory.current").read_text()) + cached)
+            found.append(limit - int((GROUP / "memory.current").read_text()) + cached)
     except (OSError, ValueError, StopIteration):
         pass
     return max(0, min(found))

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 from infexport.errors import InfexportError
 
@@ -29,25 +30,41 @@ def command_of(module: str) -> list[str]:
     return [sys.executable, "-P", "-m", module]
 
 
-def ask(command: Sequence[str], request: Message, heard: Callable[[Message], None] = lambda message: None) -> Message:
+def ask(
+    command: Sequence[str],
+    request: Message,
+    heard: Callable[[Message], None] = lambda message: None,
+    limit: float | None = None,
+) -> Message:
     """All that a worker says, its messages as one.
 
     Args:
         command: as of `command_of`.
         request: for its stdin.
         heard: told of every message when it comes.
+        limit: seconds after which it is ended, with all that it has started.
 
     Raises:
         InfexportError: what the worker could not do.
-        Ended: it ended before it was done.
+        Ended: it ended before it was done, or was ended.
     """
     answer: Message = {}
-    with tempfile.TemporaryFile("w+", errors="replace") as messages:
+    late = threading.Event()
+    with _scratch() as messages:
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, encoding="utf-8"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            encoding="utf-8",
+            start_new_session=limit is not None,  # then it can be ended with its children
         ) as worker:
             assert worker.stdin is not None
             assert worker.stdout is not None
+            timer = threading.Timer(limit or 0, _end, (worker, late))
+            timer.daemon = True
+            if limit is not None:
+                timer.start()
             try:
                 with suppress(BrokenPipeError):  # it ended before it listened; its exit code says more
                     worker.stdin.write(json.dumps(request))
@@ -57,15 +74,65 @@ def ask(command: Sequence[str], request: Message, heard: Callable[[Message], Non
                         message = json.loads(line)
                         answer |= message
                         heard(message)
+                worker.wait()  # within the limit: it may have said all and not end
             except BaseException:
-                worker.kill()
+                if limit is None:
+                    worker.kill()
+                else:
+                    _end(worker)
                 raise
+            finally:
+                timer.cancel()
         messages.seek(0)
+        if late.is_set():
+            raise Ended(f"the process gave no answer within {limit:g} s")
         if "error" in answer:
             raise InfexportError(answer["error"], answer["details"], answer["hint"])
         if worker.returncode:
             raise ending(worker.returncode, messages.read())
     return answer
+
+
+def output_of(command: Sequence[str], limit: float) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a program.
+
+    Raises:
+        TimeoutError: it took longer than `limit` seconds; it was told to end, and is not waited for.
+        OSError: it cannot be started.
+    """
+    # no pipes: whoever a program has started may keep those open
+    with _scratch() as output, _scratch() as messages:
+        program = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=messages, start_new_session=True
+        )
+        try:
+            code = program.wait(limit)
+        except subprocess.TimeoutExpired:
+            _end(program)
+            with suppress(subprocess.TimeoutExpired):  # one that waits for its driver does not even end
+                program.wait(1)
+            raise TimeoutError(f"no answer within {limit:g} s") from None
+        output.seek(0)
+        messages.seek(0)
+        return code, output.read(), messages.read()
+
+
+def _scratch() -> IO[str]:
+    """A file for what a process writes; in memory where there is no folder for it."""
+    try:
+        return tempfile.TemporaryFile("w+", errors="replace")
+    except OSError:
+        if not hasattr(os, "memfd_create"):
+            raise
+        return os.fdopen(os.memfd_create("messages"), "w+", errors="replace")
+
+
+def _end(program: subprocess.Popen[Any], late: threading.Event | None = None) -> None:
+    """End a program that leads a session, and all of that."""
+    if late is not None:
+        late.set()
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(program.pid, signal.SIGKILL)
 
 
 def ending(code: int, messages: str) -> Ended:

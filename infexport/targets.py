@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 
 from infexport.errors import InfexportError
+from infexport.processes import output_of
+
+SMI_LIMIT = 20.0
+"""Seconds; a driver that nothing keeps awake takes several for each of its GPUs."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +58,46 @@ class Gpu:
     driver: str
     capability: str
 
+    @property
+    def size(self) -> str:
+        return "shared memory" if self.memory is None else f"{self.memory / GIB:.0f} GiB"
+
     def __str__(self) -> str:
-        memory = "shared memory" if self.memory is None else f"{self.memory / GIB:.0f} GiB"
-        return f"{self.name}, {memory}, driver {self.driver}, compute capability {self.capability}"
+        return f"{self.name}, {self.size}, driver {self.driver}, compute capability {self.capability}"
+
+
+def gpus(*options: str) -> list[Gpu]:
+    """All that nvidia-smi, given options, names; none where there is no nvidia-smi.
+
+    Raises:
+        InfexportError: it names none, or gives no answer.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        code, output, messages = output_of([*query, *options], SMI_LIMIT)
+    except OSError as error:
+        raise InfexportError(f"nvidia-smi: {error.strerror or error}") from error
+    rows = [[part.strip() for part in line.split(",")] for line in output.splitlines() if line.strip()]
+    # warnings are told among them
+    rows = [row for row in rows if len(row) == 4 and re.fullmatch(r"\d+\.\d+", row[3])]
+    if code or not rows:
+        line = next(filter(None, map(str.strip, (output + messages).splitlines())), "nothing")
+        raise InfexportError(f"nvidia-smi ends with code {code} and says: {line[:200]}")
+    return [
+        Gpu(name, int(memory) * 2**20 if memory.isdecimal() else None, driver, capability)
+        for name, memory, driver, capability in rows
+    ]
 
 
 def local_gpu() -> Gpu | None:
     """The GPU that engines run on here: the first that CUDA sees; None where there is no driver, or no answer."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
-    if visible:
-        query.append(f"--id={visible}")
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-        name, memory, driver, capability = (part.strip() for part in done.stdout.splitlines()[0].split(","))
-        size = int(memory) * 2**20 if memory.isdecimal() else None
-        known = done.returncode == 0 and re.fullmatch(r"\d+\.\d+", capability)
-        return Gpu(name, size, driver, capability) if known else None
-    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return next(iter(gpus(*([f"--id={visible}"] if visible else []))), None)
+    except InfexportError:
         return None
 
 

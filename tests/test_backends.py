@@ -1,6 +1,6 @@
 """Which library builds for which GPU, and why."""
 
-import subprocess
+import sys
 
 import pytest
 
@@ -54,9 +54,7 @@ def test_no_such_target(name):
 
 def smi(monkeypatch, stdout, code=0):
     monkeypatch.setattr(targets.shutil, "which", lambda program: "nvidia-smi")
-    monkeypatch.setattr(
-        targets.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, code, stdout, "")
-    )
+    monkeypatch.setattr(targets, "output_of", lambda command, limit: (code, stdout, ""))
 
 
 def test_the_local_gpu(monkeypatch):
@@ -71,11 +69,11 @@ def test_the_gpu_that_cuda_sees(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234,0")
     monkeypatch.setattr(targets.shutil, "which", lambda program: "nvidia-smi")
 
-    def run(command, **options):
+    def output_of(command, limit):
         asked.append(command)
-        return subprocess.CompletedProcess(command, 0, "NVIDIA GB10, [N/A], 580.1, 12.1\n", "")
+        return 0, "NVIDIA GB10, [N/A], 580.1, 12.1\n", ""
 
-    monkeypatch.setattr(targets.subprocess, "run", run)
+    monkeypatch.setattr(targets, "output_of", output_of)
     gpu = local_gpu()
     assert "--id=GPU-1234" in asked[0]
     assert (gpu.memory, gpu.capability) == (None, "12.1")
@@ -98,5 +96,8 @@ def test_a_driver_that_has_no_gpu(monkeypatch, stdout, code):
 def test_an_old_tensorrt(monkeypatch, tmp_path):
     (tmp_path / "tensorrt.py").write_text("__version__ = '8.6.1'")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InfexportError, match=r"TensorRT 8.6.1 is too old"):
-        backends.BACKENDS["tensorrt"].load()
+    try:
+        with pytest.raises(InfexportError, match=r"TensorRT 8.6.1 is too old"):
+            backends.BACKENDS["tensorrt"].load()
+    finally:
+        sys.modules.pop("tensorrt", None)  # for other tests it is not installed
