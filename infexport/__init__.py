@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# from 1.32 on ONNX Runtime's packages send Microsoft what they run, and leave a file in the temporary folder; it asks
+# once, when it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from infexport.graph import export

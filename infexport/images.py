@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from infexport.errors import InfexportError
+from infexport.inputs import check_ordinary
 
 log = logging.getLogger("infexport")
 
@@ -94,6 +95,7 @@ def read_image(path: Path | str) -> Pixels:
         # Pillow warns above the limit and refuses above twice that; we refuse above it, once and with a hint.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     try:
+        check_ordinary(Path(path))
         with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > limit:
                 raise too_large(path, f"{image.height}x{image.width}", limit)

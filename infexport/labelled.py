@@ -10,6 +10,7 @@ from pathlib import Path
 
 from infexport.errors import InfexportError
 from infexport.images import SUFFIXES, find_images
+from infexport.inputs import check_ordinary
 
 COLUMNS = ("file", "label")
 SHOWN = 20
@@ -86,6 +87,7 @@ def _of_folders(path: Path, classes: Classes) -> list[Labelled]:
 
 def _of_csv(path: Path, classes: Classes) -> list[Labelled]:
     try:
+        check_ordinary(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True, restval="")
             header = list(reader.fieldnames or ())

@@ -197,7 +197,7 @@ def _resize_and_crop(image: Pixels, transform: EvalTransform) -> Pixels:
     (new_h, new_w), (top, left), (kept_h, kept_w) = _resize(height, width, transform)
     resize = transform.resize_size
     resample = Image.Resampling[transform.interpolation.upper()]
-    if new_h * new_w <= 4 * resize * resize:
+    if new_h * new_w <= min(4 * resize * resize, pixel_limit()):
         resized = Image.fromarray(image).resize((new_w, new_h), resample)
         return np.array(resized)[top : top + kept_h, left : left + kept_w]
     # A long strip: resized whole it may not fit in memory (1x5000 becomes 224x1120000), so only the part

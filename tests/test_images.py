@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import struct
 import zlib
 from dataclasses import asdict
@@ -329,7 +330,14 @@ class TestUnreadable:
             raise PermissionError(13, "Permission denied")  # tests may run as root, whom no mode stops
 
         monkeypatch.setattr(Image, "open", forbidden)
+        (tmp_path / "a.png").touch()
         assert "Permission denied" in self.refused(tmp_path / "a.png", "cannot open").details
+
+    def test_what_may_be_read_for_ever_is_not(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe.png")
+        (tmp_path / "zeros.png").symlink_to("/dev/zero")
+        for name in ("pipe.png", "zeros.png"):
+            self.refused(tmp_path / name, "no ordinary file")
 
     def test_out_of_memory(self, tmp_path, monkeypatch):
         def full(*args, **kwargs):
@@ -639,3 +647,9 @@ class TestFitNative:
         with pytest.raises(InfexportError, match="RGB") as caught:
             fit(image, 2, "native", TRANSFORM, "pad")
         assert str(list(image.shape)) in caught.value.details
+
+
+def test_a_huge_resize_takes_no_more_than_its_crop_needs():
+    """10¹⁰ pixels, of which 32² are kept; a bundle's manifest may ask for it."""
+    found = fit(RGB, 8, "trained", EvalTransform("exact", 10**5, 32, "bicubic"), "pad")
+    assert found.pixels.shape == (32, 32, 3)

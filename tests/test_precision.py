@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from support import GOLDEN, MODELS, ZOO, Rounding, relative_error
 from torch import nn
 
+from infexport import machine
 from infexport.calibration import calibrate
 from infexport.image_model import ImageModel
 from infexport.passes import Inputs, lower, weight_key
@@ -686,6 +687,6 @@ def test_a_bundle_says_how_it_computes(infexport, zoo_bundle):
 def test_remarks(precision, provider, flags, told, tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model name : some\nflags : fpu {flags}\n")
-    monkeypatch.setattr(ort, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
     assert told in " ".join(ort.remarks(precision, provider))
     assert bool(told) == bool(ort.remarks(precision, provider))

@@ -39,7 +39,14 @@ def test_the_road(infexport, folder):
 
 @pytest.mark.parametrize(
     "document",
-    ["centrality.md", "parity.md", "serving.md", "streaming.md", pytest.param("scale.md", marks=pytest.mark.ray)],
+    [
+        "centrality.md",
+        "hardening.md",
+        "parity.md",
+        "serving.md",
+        "streaming.md",
+        pytest.param("scale.md", marks=pytest.mark.ray),
+    ],
 )
 def test_documents(document, infexport, zoo_bundle, folder):
     shutil.copytree(zoo_bundle("digits-linear"), folder / "bundle")  # which the road ends in

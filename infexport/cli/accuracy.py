@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from infexport.cli.options import Bytes, Size
+from infexport.cli.options import Bytes, Size, threads_option
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
 from infexport.cli.run_engine import EXECUTIONS
@@ -44,7 +44,7 @@ ALL_CLASSES, WORST, DISAGREEMENTS = 20, 10, 20
 @engine_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True,
               help="Images of equal grid at once, in PyTorch too.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
+@threads_option
 @click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the report says so.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def accuracy(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from infexport.cli.options import Sizes
+from infexport.cli.options import Sizes, threads_option
 from infexport.cli.output import Output
 from infexport.cli.providers import engine_option, provider_option
 from infexport.extras import require
@@ -29,7 +29,7 @@ ON_GPU = ("J/image", "GPU MB")
               "[default: 5; on a GPU 100]")  # fmt: skip
 @provider_option()
 @engine_option
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
+@threads_option
 @click.option("--max-seconds", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True,
               help="Leave out a size whose batch takes longer even at the machine's limit.")  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw time and memory against tokens to a .png file.")

@@ -16,6 +16,15 @@ UNITS = {"": 1, "B": 1} | {
 }
 
 
+MOST_PIXELS = 10**8
+"""Along a side: a hundred times what has been run; no number in what follows outgrows 64 bits."""
+
+
+THREADS = click.IntRange(1, 1024)
+"""Each is started, and has a stack."""
+threads_option = click.option("--threads", type=THREADS, help="Threads of ONNX Runtime.  [default: all cores]")
+
+
 class Bytes(click.ParamType[int]):
     """An amount of memory, `4GiB`, `800MB` or a number of bytes."""
 
@@ -48,7 +57,7 @@ class Sizes(click.ParamType[list[tuple[int, int]]]):
                 size = int(height), int(width or height)
             except ValueError:
                 size = (0, 0)
-            if min(size) < 1:
+            if not 1 <= min(size) <= max(size) <= MOST_PIXELS:
                 self.fail(f"{part!r} is no size; expected N or HEIGHTxWIDTH, such as 224,512x384", param, ctx)
             sizes.append(size)
         return sizes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import shlex
 import sys
 import time
@@ -24,22 +26,29 @@ class Output:
         self.as_json = as_json
 
     def status(self, message: str) -> None:
-        click.echo(message, err=True)
+        click.echo(printable(message), err=True)
 
     def warning(self, message: str) -> None:
-        click.echo(click.style("warning: ", fg="yellow", bold=True) + message, err=True)
+        click.echo(click.style("warning: ", fg="yellow", bold=True) + printable(message), err=True)
 
     def error(self, error: InfexportError) -> None:
-        click.echo(click.style("error: ", fg="red", bold=True) + error.summary, err=True)
+        click.echo(click.style("error: ", fg="red", bold=True) + _in_a_line(error.summary), err=True)
         for line in error.details.splitlines():
-            click.echo(f"  {line}", err=True)
+            click.echo(f"  {printable(line)}", err=True)
         if error.hint:
-            click.echo(click.style("hint: ", fg="cyan", bold=True) + error.hint, err=True)
+            click.echo(click.style("hint: ", fg="cyan", bold=True) + _in_a_line(error.hint), err=True)
 
-    def data(self, text: str) -> None:
-        """For people; silent when machines read."""
+    def data(self, text: str, word: str = "", **style: Any) -> None:
+        """A line for people; silent when machines read.
+
+        Args:
+            text: the line; a new line in it, as a file's name may have, is none.
+            word: of it, which has the style; none for all of it.
+            style: as of `click.style`.
+        """
         if not self.as_json:
-            click.echo(text)
+            line = _in_a_line(text)
+            click.echo(line.replace(word or line, click.style(word or line, **style), 1) if style else line)
 
     def document(self, value: Any) -> None:
         """For machines; silent when people read."""
@@ -61,6 +70,25 @@ class Output:
         """A bar on stderr with an `update(n)`; click hides it where stderr is no terminal."""
         with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
             yield bar
+
+
+OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tabs and new lines, and C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of writing
+    "\ud800-\udfff]"  # halves of surrogate pairs
+)
+"""What a terminal obeys instead of showing it, or cannot show."""
+
+
+def printable(text: str) -> str:
+    """A text for a person's terminal. Names of files, labels and tensors are chosen by who made them: what in them
+    would move the cursor or rename the window is shown as its number.
+    """
+    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _in_a_line(text: str) -> str:
+    return printable(text.replace("\n", "\\n"))
 
 
 class Sweeps:
@@ -91,7 +119,8 @@ class Sweeps:
         if not finished and now - self._told < (self.EVERY if self._terminal else self.EVERY_LINE):
             return
         self._told = now
-        text = f"{Path(file).name}: sweep {stage + 1} of {len(self._names)}, {self._names[stage]}, {done / total:4.0%}"
+        name, of = printable(Path(file).name), len(self._names)
+        text = f"{name}: sweep {stage + 1} of {of}, {self._names[stage]}, {done / total:4.0%}"
         if done > self._first and seconds > 0:
             rate = (done - self._first) / seconds
             text += f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left in it"
@@ -156,9 +185,15 @@ class ErrorGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        with _printable_usage():
+            return super().make_context(*arguments, **more)
+
     def invoke(self, ctx: click.Context) -> Any:
+        logging.getLogger("infexport").addHandler(LOGGED)
         try:
-            return super().invoke(ctx)
+            with _printable_usage():
+                return super().invoke(ctx)
         except InfexportError as error:
             fail(error)
         except BrokenPipeError:
@@ -171,6 +206,25 @@ class ErrorGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise click.exceptions.Exit(130) from None
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:  # it says what was typed
+        vars(error)["message"] = printable(error.message)  # click declares it final
+        raise
+
+
+class Logged(logging.Handler):
+    """What the stages log, as a warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        Output().warning(_in_a_line(record.getMessage()))
+
+
+LOGGED = Logged(logging.WARNING)
 
 
 def fail(error: InfexportError) -> NoReturn:

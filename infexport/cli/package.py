@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from infexport.cli.options import Bytes, Size
+from infexport.cli.options import THREADS, Bytes, Size
 from infexport.cli.output import Output
 
 OF_BACKENDS = {
@@ -18,6 +18,9 @@ OF_BACKENDS = {
     "max_pixels": ("python",),
 }
 """Options that not every backend has."""
+
+INT32 = 2**31 - 1
+"""The largest number that Triton's configuration has room for."""
 
 
 @click.group()
@@ -36,17 +39,17 @@ def package() -> None:
               "patches, or infexport, for images of any size.")  # fmt: skip
 @click.option("--engine", metavar="NAME", help="Of several engines, such as a100-fp16; for tensorrt and python.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Where it runs.  [default: cpu; with engines, gpu]")
-@click.option("--instances", type=click.IntRange(min=1), default=1, show_default=True, help="Models side by side.")
-@click.option("--max-batch-size", type=click.IntRange(min=1), default=8, show_default=True,
+@click.option("--instances", type=click.IntRange(1, INT32), default=1, show_default=True, help="Models side by side.")
+@click.option("--max-batch-size", type=click.IntRange(1, INT32), default=8, show_default=True,
               help="Images at once, of equal size.")  # fmt: skip
-@click.option("--max-queue-delay", type=click.IntRange(min=0), default=0, show_default=True, metavar="MICROSECONDS",
+@click.option("--max-queue-delay", type=click.IntRange(0, INT32), default=0, show_default=True, metavar="MICROSECONDS",
               help="That an image may wait for others of its size.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1),
+@click.option("--threads", type=THREADS,
               help="Threads of an instance, for onnxruntime and python.  [default: all cores]")  # fmt: skip
 @click.option("--size", type=Size(), metavar="trained|native|N",
               help="As of run-engine, for python.  [default: native]")  # fmt: skip
 @click.option("--memory", type=Bytes(), help="What an instance may take, for python.  [default: 80% of what is free]")
-@click.option("--max-pixels", type=click.IntRange(min=1),
+@click.option("--max-pixels", type=click.IntRange(1, INT32),
               help="Of an image, for python: larger ones are refused.  [default: 8192 x 8192]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the configuration as JSON.")
 def triton(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from infexport.cli.options import Sizes
+from infexport.cli.options import Sizes, threads_option
 from infexport.cli.output import Output, command_line
 from infexport.cli.providers import engine_option, provider_option
 from infexport.extras import require
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
               help="Judge the whole graph, or the stages that images are streamed through.")  # fmt: skip
 @click.option("--layers", is_flag=True, help="Judge every layer, too, by what it was given, and name the first that is "
               "out of its budget.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: all cores]")
+@threads_option
 @click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the verdict says so.")
 @click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html",
               help="Write it as one page, too, that needs nothing else: plots, the worst images, hashes.")  # fmt: skip

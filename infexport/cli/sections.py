@@ -24,7 +24,8 @@ WAYS: dict[Way, str] = {"whole": "whole", "memory": "streamed", "disk": "with sc
 
 def provenance(out: Output, bundle: Bundle, found: Provenance) -> None:
     made = ", ".join(f"{name} {version}" for name, version in bundle.manifest.versions.items())
-    out.data(f"\nmade with   {made}")
+    out.data("")
+    out.data(f"made with   {made}")
     out.data(f"provenance  the checkpoint is {CHECKPOINT[found.checkpoint]}")
     files = [(f"{each.file} (checkpoint)", each) for each in found.source]
     files += [(each.file, each) for each in found.files]
@@ -55,7 +56,8 @@ def graph(out: Output, found: Graph) -> None:
 
 def parameters(out: Output, bundle: Bundle, parts: Sequence[Part]) -> None:
     total = bundle.manifest.parameters
-    out.data(f"\nparameters  as trained; as exported the weights are {_figure(bundle.weights / 1e6)} MB")
+    out.data("")
+    out.data(f"parameters  as trained; as exported the weights are {_figure(bundle.weights / 1e6)} MB")
     rows = [
         [part.name, f"{part.each:,}", str(part.times), f"{part.all:,}", f"{part.all / total:.1%}"] for part in parts
     ]
@@ -64,7 +66,8 @@ def parameters(out: Output, bundle: Bundle, parts: Sequence[Part]) -> None:
 
 def resolutions(out: Output, bundle: Bundle, sized: Sequence[Resolution], limit: int) -> None:
     folded = "" if bundle.manifest.folded else "not "
-    out.data(f"\narithmetic  GFLOP of an image: 2 per multiply-add of its matrix products, as exported, {folded}folded")
+    out.data("")
+    out.data(f"arithmetic  GFLOP of an image: 2 per multiply-add of its matrix products, as exported, {folded}folded")
     out.data("memory      GB of the process at its peak on a CPU, as predicted: run whole, or streamed with tokens in")
     out.data("            memory or in a scratch file, whose size is the last of these columns")
     out.data(f"auto        what run-engine does in {_figure(limit / 1e9)} GB, 80% of what is free now")

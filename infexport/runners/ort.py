@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.extras import require
+from infexport.machine import has_int8_products
 from infexport.manifest import CENTRALITY_MODEL, Stage
 from infexport.runners import Placement
+from infexport.runners.answers import check_answer, check_centrality, misfit
 from infexport.transform import normalise
 
 PROVIDERS = {
@@ -28,9 +30,6 @@ PROVIDERS = {
 }
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 """A library of its own, which ONNX Runtime loads."""
-
-
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,26 @@ class OrtRunner:
         self._session = None
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        (feed,) = self._session.get_inputs()
+        feeds = self._session.get_inputs()
+        if len(feeds) != 1:
+            raise misfit(self._graph.name, f"{len(feeds)} inputs, expected one")
         value: NDArray[Any] = images
         if self.bundle.manifest.input == "float32":
             value = normalise(images, self.bundle.manifest.preprocessing)
         names = [output.name for output in self._session.get_outputs()]
         try:
-            values = self._session.run(names, {feed.name: value})
+            values = self._session.run(names, {feeds[0].name: value})
         except Exception as error:
             raise InfexportError(
                 f"ONNX Runtime failed on images of {images.shape[2]}x{images.shape[1]}, batch {images.shape[0]}",
                 str(error),
                 "try a smaller --size or --batch-size; memory grows with both",
             ) from error
-        return dict(zip(names, values, strict=True))
+        found = dict(zip(names, values, strict=True))
+        check_answer(self._graph, found, self.bundle.manifest.config, len(images))
+        if self._graph.name == CENTRALITY_MODEL:
+            check_centrality(self._graph, found, self.bundle.manifest.config, images.shape)
+        return found
 
 
 class OrtStages:
@@ -161,14 +166,19 @@ class OrtStages:
             raise InfexportError(
                 f"ONNX Runtime failed in {stage.graph}", str(error), "try a smaller --chunk"
             ) from error
-        return dict(zip(stage.outputs, outputs, strict=True))
+        if len(outputs) != len(stage.outputs):
+            raise misfit(stage.graph, f"{len(outputs)} outputs, expected {', '.join(stage.outputs)}")
+        found = dict(zip(stage.outputs, outputs, strict=True))
+        if "logits" in found:
+            check_answer(Path(stage.graph), found, self.bundle.manifest.config, 1)
+        return found
 
 
-def open_session(graph: Path, provider: str, threads: int | None, placed: bool = False) -> tuple[Any, str]:
+def open_session(graph: Path | bytes, provider: str, threads: int | None, placed: bool = False) -> tuple[Any, str]:
     """A session of a graph, and which provider it runs on.
 
     Args:
-        graph: the file.
+        graph: the file, or what one has.
         provider, threads, placed: as of `OrtRunner`.
 
     Raises:
@@ -222,8 +232,10 @@ def with_options(provider: str) -> str | tuple[str, dict[str, str]]:
 
 def _options(threads: int | None) -> Any:
     options = import_onnxruntime().SessionOptions()
-    options.log_severity_level = 3
-    if not _has_int8_products():
+    options.log_severity_level = 4  # what fails is raised, and told once, with names that a terminal does not obey
+    # it would keep a plan of its memory for every shape it has met, for good: 10 KB each where images are of any size
+    options.enable_mem_pattern = False
+    if not has_int8_products():
         # there the uint8 by int8 kernels of x86 saturate: take the exact ones, at half the speed
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
@@ -231,7 +243,7 @@ def _options(threads: int | None) -> Any:
     return options
 
 
-def _start(graph: Path, provider: str, threads: int | None, placed: bool) -> Any:
+def _start(graph: Path | bytes, provider: str, threads: int | None, placed: bool) -> Any:
     onnxruntime = import_onnxruntime()
     options = _options(threads)
     if placed:  # 13 ms: 8% of the time that a graph takes to load, more than half of a stage's
@@ -249,7 +261,7 @@ def _start(graph: Path, provider: str, threads: int | None, placed: bool) -> Any
         )
     except Exception as error:  # ONNX Runtime raises its own kinds, which share no base but Exception
         raise InfexportError(
-            f"ONNX Runtime cannot load {graph}",
+            f"ONNX Runtime cannot load {graph if isinstance(graph, Path) else 'a graph'}",
             str(error),
             "convert the checkpoint again; infexport doctor shows what this machine can run",
         ) from error
@@ -300,18 +312,9 @@ def remarks(precision: str, provider: str) -> list[str]:
         return ["fp16 on the CPU is computed in float32: no faster than an fp32 bundle"]
     if precision == "int8" and provider in PROVIDERS and provider != "cpu":
         return [f"int8 graphs are for the CPU: on {provider} expect less speed than of fp32 or fp16"]
-    if precision == "int8" and provider == "cpu" and not _has_int8_products():
+    if precision == "int8" and provider == "cpu" and not has_int8_products():
         return ["this processor has no int8 dot products (VNNI): int8 is right here, but slow"]
     return []
-
-
-def _has_int8_products() -> bool:
-    """Whether the processor multiplies 8-bit numbers into 32-bit sums; where Linux doesn't say, it is taken to."""
-    try:
-        words = set(CPUINFO.read_text().split())
-    except OSError:
-        return True
-    return "flags" not in words or bool(words & {"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def import_onnxruntime() -> ModuleType:

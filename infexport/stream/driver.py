@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.centrality import CENTRALITY
+from infexport.errors import InfexportError
 from infexport.manifest import Stage
 from infexport.stream.source import Source
 from infexport.stream.stores import Ring, Rows, Store
@@ -220,6 +221,8 @@ class Driver:
             patches = range(max(position.done, self.rows.start - 1), self.rows.stop - 1)
             for done, strip in self.source.strips(patches, self.chunk, self.runner.max_rows):
                 values = self.runner.run(stage, strip)
+                if values["tokens"].ndim != 3:
+                    raise _misfit(stage, "tokens", values["tokens"])
                 yield done, self._finish(index, position, 1 + done - values["tokens"].shape[1], values)
         elif stage.over == "tokens":
             if "query" in stage.inputs and "query" not in sums:
@@ -249,12 +252,28 @@ class Driver:
         return total
 
     def _finish(self, index: int, position: Position, start: int, outputs: dict[str, Array]) -> dict[str, Array]:
+        stage = self.stages[index]
         for name, value in outputs.items():
             if name in BY_TOKEN:
+                if value.ndim != 3 or len(value) != 1 or start < 0 or start + value.shape[1] > self.rows.stop:
+                    raise _misfit(stage, name, value)
                 self.tokens.write(index, name, start, value[0])
-            elif self.stages[index].over != "class_token":
-                position.added[name] = position.added.get(name, 0.0) + value.astype(np.float64)
+            elif stage.over != "class_token":
+                before = position.added.get(name)
+                if before is not None and before.shape != value.shape:
+                    raise _misfit(stage, name, value)
+                exact = value.astype(np.float64)
+                position.added[name] = exact if before is None else before + exact
         return outputs
+
+
+def _misfit(stage: Stage, name: str, value: Array) -> InfexportError:
+    """Of a graph that is not the one its bundle was made with."""
+    return InfexportError(
+        f"{stage.graph} gives {name} in another shape than the run is made for",
+        f"received {list(value.shape)}",
+        "convert the checkpoint again",
+    )
 
 
 def told(stage: Stage, sums: Mapping[str, Array]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from infexport.centrality import CENTRALITY, Centrality, step_of, summed
+from infexport.errors import InfexportError
 from infexport.manifest import Stage
 from infexport.stream.driver import Array, Tokens
 from infexport.stream.stores import scratch_errors
@@ -55,6 +56,10 @@ class Maps:
     def result(self) -> Centrality:
         """Of all layers, once the run is done; those before it was interrupted come from its folder."""
         for layer in set(range(self._config["depth"])) - self._layers.keys():
+            if self._folder is None:
+                raise InfexportError(
+                    f"the stages give no centrality of layer {layer}", hint="convert the checkpoint again"
+                )
             with scratch_errors(self._file(layer)):
                 self._layers[layer] = np.load(self._file(layer))
         # [layers, heads, the class token and every cell]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
+from infexport.inputs import json_of, read_small
 from infexport.stream.driver import Position
 from infexport.stream.stores import scratch_errors
 
@@ -91,7 +94,11 @@ class Scratch:
                     f"another process is in {self.folder}",
                     "wait for it, or give another --scratch",
                 )
-            self._go_on_or_start()
+            try:
+                self._go_on_or_start()
+            except OSError:
+                self._leave()
+                raise
         return self
 
     def _go_on_or_start(self) -> None:
@@ -109,22 +116,26 @@ class Scratch:
 
     def record(self, position: Position) -> None:
         """Make `position` what an interrupted run goes on from."""
-        partial = self.folder / f"{STATE}.partial"
         arrays: dict[str, Any] = {f"sums/{name}": value for name, value in position.sums.items()}
         arrays |= {f"added/{name}": value for name, value in position.added.items()}
         arrays |= {f"squares/{name}": value for name, value in position.squares.items()}
-        with scratch_errors(partial):
-            with partial.open("wb") as file:
-                np.savez(file, at=np.array([position.stage, position.done]), **arrays)
-            partial.replace(self.folder / STATE)
+        with scratch_errors(self.folder / STATE):
+            content = io.BytesIO()
+            np.savez(content, at=np.array([position.stage, position.done]), **arrays)
+            _replace(self.folder / STATE, hashlib.sha256(content.getbuffer()).digest() + content.getvalue())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or isinstance(error, Exception):
-            _delete(self.folder)
-        else:
-            self._status(f"interrupted: the same command goes on; what it needs is in {self.folder}")
+            self._leave()
+            return
+        self._status(f"interrupted: the same command goes on; what it needs is in {self.folder}")
+        assert self._lock is not None, "entered"
+        self._lock.close()
+
+    def _leave(self) -> None:
+        _delete(self.folder)
         assert self._lock is not None, "entered"
         self._lock.close()
 
@@ -134,11 +145,19 @@ def _locked(folder: Path) -> IO[str] | None:
     import fcntl  # not everywhere
 
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
         try:
-            lock = (folder / LOCK).open("w")
+            _check_own(folder)
+            # a link in its place must not lead elsewhere
+            lock = os.fdopen(os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w")
         except FileNotFoundError:
             continue  # deleted meanwhile by who had finished in it
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()
+            raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -147,6 +166,15 @@ def _locked(folder: Path) -> IO[str] | None:
         if os.fstat(lock.fileno()).st_nlink:
             return lock
         lock.close()
+
+
+def _check_own(folder: Path) -> None:
+    """Its name can be guessed: where everyone may write, somebody else may have made it, with links to our files."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise InfexportError(
+            f"a scratch folder that is not this user's: {folder}", hint="delete it, or give another --scratch"
+        )
 
 
 def _empty(folder: Path) -> None:
@@ -164,21 +192,26 @@ def _delete(folder: Path) -> None:
 
 def _replace(file: Path, content: bytes) -> None:
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_bytes(content)
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as made:
+        made.write(content)
     partial.replace(file)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        values = json_of(read_small(file))
+    except (OSError, ValueError, InfexportError):
         return None
     return values if isinstance(values, dict) else None
 
 
 def _read_position(file: Path) -> Position | None:
     try:
-        with np.load(file) as arrays:
+        content = file.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            return None  # a disk's fault, or not ours: numbers that fit nothing must not be gone on with
+        with np.load(io.BytesIO(content[32:])) as arrays:
             stage, done = (int(x) for x in arrays["at"])
             parts: dict[str, dict[str, Any]] = {"sums": {}, "added": {}, "squares": {}}
             for name in arrays.files:
@@ -194,7 +227,9 @@ def clean(root: Path) -> int:
     """Delete what interrupted runs left in `root`, but for what a process is in: bytes that are free now."""
     freed = 0
     for folder in root.glob(f"{PREFIX}*"):
-        lock = _locked(folder) if (folder / LOCK).is_file() else None
+        lock = None
+        with suppress(InfexportError):  # it may be somebody else's
+            lock = _locked(folder) if (folder / LOCK).is_file() else None
         if lock is not None:
             freed += sum(file.stat().st_blocks * 512 for file in folder.iterdir())
             _delete(folder)

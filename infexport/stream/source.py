@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,6 +19,7 @@ from PIL import Image
 from infexport.errors import InfexportError
 from infexport.extras import importable
 from infexport.images import Pixels, grey_to_8_bits, over_white, read_image
+from infexport.inputs import check_ordinary
 from infexport.transform import patches_of
 
 Array = NDArray[Any]
@@ -127,8 +131,21 @@ class Source:
         return pixels
 
 
+@cache
+def _vips() -> ModuleType:
+    """pyvips, with libvips remembering nothing.
+
+    It keeps the last hundred operations by the names of their files, and up to 100 MB with them: a file that was
+    written anew would be answered with the pixels of the old one.
+    """
+    import pyvips
+
+    pyvips.cache_set_max(0)
+    return pyvips
+
+
 class VipsRows:
-    """Of a file, by libvips: TIFF (BigTIFF, tiled, pyramidal), PNG, JPEG, WebP and others.
+    """Of a file, by libvips: TIFF (BigTIFF, tiled, pyramidal), PNG, JPEG and WebP.
 
     Upright, transparency over white, 16 bits scaled to 8, as `infexport.images.read_image` has it.
 
@@ -139,19 +156,22 @@ class VipsRows:
     loaded = 0
 
     def __init__(self, path: Path) -> None:
-        import pyvips
-
+        pyvips = _vips()
         self._path, self._error = path, pyvips.Error
         self.reader = "libvips " + ".".join(str(pyvips.version(part)) for part in range(3))
+        loader = _loader_of(path)
+        # a tile that is not there is a warning of TIFF's reader; warnings of others are harmless
+        fail_on = "warning" if loader.startswith("tiff") else "truncated"
+
+        def load(**access: str) -> Any:
+            # not by its name: in it libvips looks for options, as in a.tif[page=1]
+            return getattr(pyvips.Image, loader)(pyvips.Source.new_from_file(str(path)), fail_on=fail_on, **access)
+
         try:
-            image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
-            # a tile that is not there is a warning of TIFF's reader; warnings of others are harmless
-            fail_on = "warning" if image.get("vips-loader").startswith("tiff") else "truncated"
+            image = load(access="sequential")
             if image.get_typeof("orientation") and image.get("orientation") != 1:
                 # turning needs all of it: libvips decodes to a temporary file what is large
-                image = pyvips.Image.new_from_file(str(path), fail_on=fail_on).autorot()
-            else:
-                image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on=fail_on)
+                image = load().autorot()
             known = image.format in ("uchar", "ushort") and image.bands <= 4
             if known and image.interpretation not in ("srgb", "rgb", "b-w", "rgb16", "grey16", "multiband"):
                 image = image.colourspace("srgb")
@@ -181,6 +201,24 @@ class VipsRows:
             text[-1] if text else "",
             "fetch or save the file again",
         )
+
+
+_LOADERS = (
+    (rb"\x89PNG\r\n\x1a\n", "pngload_source"),
+    (rb"\xff\xd8\xff", "jpegload_source"),
+    (rb"II[*+]\0|MM\0[*+]", "tiffload_source"),
+    (rb"RIFF....WEBP", "webpload_source"),
+)
+"""How a file begins, and what reads it: libvips has loaders, too, that run other programs or read other files."""
+
+
+def _loader_of(path: Path) -> str:
+    with path.open("rb") as file:
+        begin = file.read(16)
+    for signature, loader in _LOADERS:
+        if re.match(signature, begin, re.DOTALL):
+            return loader
+    raise InfexportError(f"none that libvips is asked to read: {path}")
 
 
 class SlideRows:
@@ -228,6 +266,10 @@ def open_rows(path: Path) -> Rows:
     Raises:
         InfexportError: it cannot be opened.
     """
+    try:
+        check_ordinary(path)
+    except OSError:
+        return ArrayRows(read_image(path))  # which says what is wrong
     if importable("openslide"):
         import openslide
 
@@ -236,6 +278,6 @@ def open_rows(path: Path) -> Rows:
                 return SlideRows(path)
     if importable("pyvips"):
         # Pillow says best what is wrong with it, and takes names that are no UTF-8
-        with suppress(InfexportError, UnicodeError):
+        with suppress(InfexportError, UnicodeError, OSError):
             return VipsRows(path)
     return ArrayRows(read_image(path))

@@ -22,6 +22,8 @@ Rows = NDArray[Any]
 class Store(Protocol):
     """`rows` rows of `width` numbers, float32 or float16."""
 
+    width: int
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows `[stop − start, width]`; valid until the next call."""
         ...
@@ -48,6 +50,7 @@ class MemoryStore:
         with suppress(AttributeError, OSError):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._values: Rows = np.frombuffer(self._memory, dtype, count).reshape(rows, width)
+        self.width = width
 
     def read(self, start: int, stop: int) -> Rows:
         return self._values[start:stop]
@@ -71,10 +74,11 @@ class FileStore:
     """
 
     def __init__(self, path: Path, rows: int, width: int, dtype: type) -> None:
-        self._dtype, self._width = np.dtype(dtype), width
+        self._dtype, self.width = np.dtype(dtype), width
         self._path, self._bytes = path, width * self._dtype.itemsize
         self._buffer: Rows = np.empty((0, width), dtype)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        with scratch_errors(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             # all of it now: a full disk is an error before the work, not in it
             os.posix_fallocate(self._file, 0, max(1, rows * self._bytes))
@@ -84,7 +88,7 @@ class FileStore:
 
     def read(self, start: int, stop: int) -> Rows:
         if len(self._buffer) < stop - start:
-            self._buffer = np.empty((stop - start, self._width), self._dtype)
+            self._buffer = np.empty((stop - start, self.width), self._dtype)
         rows = self._buffer[: stop - start]
         view, done = memoryview(rows.data).cast("B"), 0
         while done < len(view):
@@ -140,7 +144,7 @@ class HalfStore:
     """Writes of which one is measured."""
 
     def __init__(self, store: Store) -> None:
-        self._store, self._writes = store, 0
+        self._store, self._writes, self.width = store, 0, store.width
         self.squares = np.zeros(2)
 
     @property
@@ -262,6 +266,12 @@ class Ring:
         return np.concatenate([rows.copy(), self.store.read(0, rest)])
 
     def write(self, start: int, values: Rows, generation: int) -> None:
+        if values.shape[1] != self.store.width:
+            raise InfexportError(
+                "rows of tokens that are not as wide as the manifest says",
+                f"received {values.shape[1]} numbers each, expected {self.store.width}",
+                "convert the checkpoint again",
+            )
         (first, count), (_, rest) = self._parts(start, start + len(values), generation)
         self.store.write(first, values[:count])
         if rest:

@@ -1,4 +1,4 @@
-"""Every command as a person meets it: help, documentation, `inspect`, `doctor`, the way it starts."""
+"""Every command as a person meets it: help, documentation, `inspect`, the way it starts."""
 
 import json
 import re
@@ -72,27 +72,6 @@ def test_inspect_shows_what_a_bundle_holds(infexport, golden_bundle):
     assert facts["config"]["variant"] == "pure_infsa"
     assert facts["neumann"] == {"terms": 1}
     assert len(facts["files"]["model.onnx"]) == 64
-
-
-def test_doctor_says_what_is_there(infexport):
-    shown = infexport("doctor").stdout
-    assert "onnxruntime 1." in shown
-    checks = {check["name"]: check for check in json.loads(infexport("doctor", "--json").stdout)}
-    assert checks["convert"]["ok"] is True
-    assert checks["run on CPU"]["ok"] is True
-    assert checks["build engines"]["ok"] is True
-
-
-def test_doctor_says_what_is_missing(infexport, monkeypatch):
-    from infexport import doctor, targets
-
-    monkeypatch.setattr(doctor, "installed", lambda module: False)
-    monkeypatch.setattr(doctor, "importable", lambda module: False)
-    monkeypatch.setattr(targets.shutil, "which", lambda program: None)
-    shown = infexport("doctor").stdout
-    assert shown.count("\nno ") == 10
-    for extra in ("export", "cpu", "gpu", "stream", "slides", "tensorrt-rtx", "tensorrt", "scale", "triton"):
-        assert f"pip install 'infexport[{extra}]'" in shown
 
 
 def test_a_missing_extra_is_named(infexport, monkeypatch, tmp_path):

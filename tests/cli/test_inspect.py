@@ -13,6 +13,7 @@ from support import GOLDEN
 from infexport import anatomy, extras
 from infexport.bundle import open_bundle, sha256
 from infexport.cli.sections import _takes
+from infexport.digest import sealed
 from infexport.execution import Image, Policy, estimates
 from infexport.stream import stores
 from infexport.stream.stores import FileStore
@@ -29,7 +30,7 @@ def bundle(golden_bundle, tmp_path):
     checkpoint = shutil.copy(GOLDEN / "reference_linear.safetensors", tmp_path)
     manifest = json.loads((folder / "infexport.json").read_text())
     manifest["checkpoint"]["path"] = str(checkpoint)
-    (folder / "infexport.json").write_text(json.dumps(manifest))
+    (folder / "infexport.json").write_bytes(sealed(manifest))
     return folder
 
 
@@ -45,7 +46,7 @@ def engine(bundle):
         "profile": {"image": [[1, 8, 8, 3], [2, 32, 40, 3], [8, 64, 64, 3]]}, "chunk": None, "layers": {},
         "gpu": {"name": "NVIDIA A100-SXM4-40GB"},
     }  # fmt: skip
-    file.with_name(file.name + ".json").write_text(json.dumps(facts))
+    file.with_name(file.name + ".json").write_bytes(sealed(facts))
     return facts
 
 
@@ -232,6 +233,9 @@ def test_engines(infexport, bundle, engine):
     assert "built by    tensorrt 10.8, on NVIDIA A100-SXM4-40GB: a100-fp32" in shown
     (bundle / "engines" / "a100-fp32.engine").write_bytes(b"")
     assert row(infexport("inspect", bundle, exit_code=1).stdout, "a100-fp32.engine")[1] == "MODIFIED"
+    deep = {"log": json.loads("[" * 900 + "]" * 900)}
+    (bundle / "engines" / "a100-fp32.engine.json").write_bytes(sealed(engine | deep))
+    assert document(infexport, bundle, exit_code=1)["engines"][0]["state"] == "unreadable"
     (bundle / "engines" / "a100-fp32.engine.json").write_text("{")
     shown = infexport("inspect", bundle, exit_code=1).stdout
     assert row(shown, "a100-fp32.engine")[1:] == ["UNREADABLE", "0.0", "-", "-", "-"]
@@ -273,3 +277,8 @@ def test_it_needs_no_torch(golden_bundle):
     code += "print([m for m in ('torch', 'onnxscript', 'infvit', 'infsa_ops') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_sizes_whose_tokens_no_computer_counts_are_no_sizes(infexport, zoo_bundle):
+    result = infexport("inspect", zoo_bundle("digits-linear"), "--sizes", 10**12, exit_code=2)
+    assert "is no size" in result.stderr

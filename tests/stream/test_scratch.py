@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from infexport.stream import stream
 from infexport.stream.driver import Position
 from infexport.stream.scratch import Identity, Scratch, clean
 from infexport.stream.source import ArrayRows, Source
+from infexport.stream.stores import FileStore
 from infexport.synthetic import synthetic_image
 
 
@@ -164,6 +167,42 @@ def test_a_record_that_is_none_starts_anew(image_file, tmp_path):
     (folder / "state.npz").write_bytes(b"half a record")
     with Scratch(tmp_path, Identity(image_file, {}), print) as scratch:
         assert scratch.position is None
+
+
+def test_a_record_of_which_a_byte_has_changed_starts_anew(image_file, tmp_path):
+    folder = interrupted(tmp_path, Identity(image_file, {}))
+    content = bytearray((folder / "state.npz").read_bytes())
+    content[-30] ^= 1
+    (folder / "state.npz").write_bytes(content)
+    with Scratch(tmp_path, Identity(image_file, {}), print) as scratch:
+        assert scratch.position is None
+
+
+@pytest.mark.parametrize("name", ["lock", "run.json.partial", "state.npz.partial", "run.json", "state.npz"])
+def test_links_in_it_are_not_written_through(name, image_file, tmp_path):
+    """Its name can be guessed: who finds the folder writable could have us overwrite any file of ours."""
+    folder, victim = interrupted(tmp_path, Identity(image_file, {})), tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim)
+    with suppress(InfexportError), Scratch(tmp_path, Identity(image_file, {}), print) as scratch:
+        scratch.record(Position())
+    assert victim.read_text() == "precious"
+
+
+def test_tokens_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "tokens").symlink_to(tmp_path / "victim")
+    with pytest.raises(InfexportError, match="cannot use the scratch file"):
+        FileStore(tmp_path / "tokens", 1, 1, np.float32)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_a_folder_of_somebody_else_is_refused(image_file, tmp_path, monkeypatch):
+    identity = Identity(image_file, {})
+    (tmp_path / identity.name).mkdir()
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(InfexportError, match="not this user's"), Scratch(tmp_path, identity, print):
+        pass
 
 
 def test_a_disk_that_fills_up_later_is_our_error(image_file, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -164,10 +165,54 @@ def test_a_truncated_file_is_one_clear_error(name, tmp_path):
     assert error.value.hint
 
 
+@pytest.mark.parametrize("name", ["a.tif[page=1]", "a[fail_on=none].png", "a.jpg[]"])
+def test_a_name_is_a_name_and_no_options(name, tmp_path):
+    """libvips has `name[options]`: another file would be read, or this one not as it is asked for."""
+    kinds = {"t": "TIFF", "f": "PNG", "j": "JPEG"}
+    grey = Image.fromarray(np.full_like(PHOTO, 128))
+    grey.save(tmp_path / name.partition("[")[0], "PNG")
+    Image.fromarray(PHOTO).save(tmp_path / name, kinds[name[2]])
+    rows = open_rows(tmp_path / name)
+    assert isinstance(rows, VipsRows)
+    assert np.array_equal(read(rows), read_image(tmp_path / name))
+
+
+def test_what_refers_to_other_files_or_runs_programs_is_not_read(tmp_path):
+    """libvips reads these, too, and some of them by other programs."""
+    others = {
+        "a.svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="b.png"/></svg>',
+        "a.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "a.pdf": b"%PDF-1.4\n",
+        "a.csv": b"1,2,3\n4,5,6\n",
+        "a.hdr": b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 9 +X 9\n" + bytes(400),
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InfexportError, match="not an image"):
+            open_rows(tmp_path / name)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tif")
+    with pytest.raises(InfexportError, match="no ordinary file"):
+        open_rows(tmp_path / "pipe.tif")
+
+
 def test_pixels_without_a_known_range(tmp_path):
     tifffile.imwrite(tmp_path / "float.tif", PHOTO.astype(np.float32) / 255)
     with pytest.raises(InfexportError, match="without a known range"):
         VipsRows(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_a_file_that_is_written_anew_is_read_anew(suffix, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # not read in order, and so libvips would remember it
+    for value in (10, 200):
+        Image.fromarray(np.full((40, 60, 3), value, np.uint8)).save(tmp_path / f"a{suffix}", exif=turned)
+        rows = VipsRows(tmp_path / f"a{suffix}")
+        assert (rows.height, rows.width) == (60, 40)
+        assert np.all(rows.read(0, 60) == value)
 
 
 def test_no_image_at_all(tmp_path):
