@@ -6,8 +6,6 @@ from infexport.doctor.check import Check, reinstall
 from infexport.doctor.facts import Facts, versions
 from infexport.requirements import version_of
 
-"""Formats that libvips must have."""
-
 
 def images(facts: Facts) -> list[Check]:
     name, outcome = "Pillow", facts.trials["pillow", ""]

@@ -281,6 +281,14 @@ def test_parity_of_an_engine(infexport, half, gpu):
     assert report["tolerance"]["precision"] == "fp16"
 
 
+def test_an_engine_that_was_changed_is_named_though_others_do_its_work(infexport, streaming, gpu, pictures):
+    engine = next((streaming / "engines").glob("*.stream-*.engine"))
+    engine.write_bytes(engine.read_bytes()[:-1])
+    told = infexport("run-engine", streaming, pictures[0], "--size", "native").stderr
+    assert f"not used: {engine.name}: the engine is not what its sidecar says" in told
+    assert gpu.loaded == ["a100-fp32.engine"]
+
+
 def damage(engine):
     content = bytearray(engine.read_bytes())
     content[len(content) // 2] ^= 1
