@@ -12,8 +12,9 @@ from typing import Any, Literal
 from infexport import memory
 from infexport.bundle import ENGINES, Bundle
 from infexport.errors import InfexportError
-from infexport.execution import Image, Policy, Way, choose, estimates
+from infexport.execution import Image, Way, choose, estimates
 from infexport.extras import require
+from infexport.options import InferenceOptions
 from infexport.runners import Placement
 from infexport.runners.opening import Opening
 from infexport.runners.ort import OrtRunner, Port
@@ -154,10 +155,10 @@ def _resolution(bundle: Bundle, height: int, width: int, limit: int) -> Resoluti
     manifest, config = bundle.manifest, bundle.manifest.config
     tokens = height * width // config["patch_size"] ** 2 + 1
     work = work_of(config, manifest.folded, tokens)
-    policy, image = Policy("auto", limit, scratch=None, chunk=None, half=False), Image(tokens, width)
+    options, image = InferenceOptions(), Image(tokens, width)
     auto: Way | None
     try:
-        auto = choose(bundle, policy, image)
+        auto = choose(bundle, options, image, limit)
     except InfexportError:
         auto = None
     return Resolution(
@@ -165,7 +166,7 @@ def _resolution(bundle: Bundle, height: int, width: int, limit: int) -> Resoluti
         width,
         tokens,
         work.dense + work.attention + embedding_of(config, tokens),
-        estimates(bundle, policy, image),
+        estimates(bundle, options, image),
         None if manifest.stages is None else memory.kept(manifest, tokens, CHUNK, half=False, on_disk=True),
         auto,
     )

@@ -7,7 +7,7 @@ import io
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from infexport.accuracy import Accuracy, Agreement, Logits, OfClass, accuracy, a
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.labelled import Classes, Labelled
+from infexport.options import InferenceOptions
 from infexport.outputs import written
 from infexport.predictions import ELSEWHERE, Failure, Prediction, Row
 from infexport.predictor import Predictor
-from infexport.run import Listener, Request
+from infexport.run import Listener
 from infexport.runners.opening import Opening
 
 SUFFIXES = (".csv",)
@@ -220,10 +221,11 @@ def evaluate(
     bundle: Bundle,
     images: Sequence[Labelled],
     classes: Classes,
-    request: Request,
+    options: InferenceOptions,
     listener: Listener,
     network: Opening | None = None,
     required: float | None = None,
+    network_batch_size: int | None = None,
 ) -> Report:
     """Run a bundle on images whose class is known, and PyTorch on those that it could answer.
 
@@ -231,25 +233,32 @@ def evaluate(
         bundle: opened, verified or not.
         images: as `infexport.labelled` reads them.
         classes: of the bundle.
-        request: how the bundle is run.
+        options: how the bundle is run.
         listener: told of both runs; of every image once for each.
         network: opens the checkpoint in PyTorch; None judges the bundle alone.
         required: the least top-1, in [0, 1].
+        network_batch_size: images at once in PyTorch; None for as many as in the bundle.
 
     Raises:
         InfexportError: the bundle cannot be run at all.
     """
     files = [image.file for image in images]
     clock, network_clock = Clock(listener), Clock(listener)
-    with Predictor.of(bundle, request) as predictor:
+    with Predictor.of(bundle, options) as predictor:
         answers, failed = _parted(predictor.predict(files, clock))
     answered = sorted(answers)
     theirs: dict[int, Prediction] = {}
     if network is not None:
         listener.image(len(files) - len(answered))
         # in the same batches, but whole: PyTorch has no stages
-        alone = replace(request.policy, execution="whole", scratch=None)
-        with Predictor.of(bundle, replace(request, policy=alone), network) as predictor:
+        alone = InferenceOptions(
+            size=options.size,
+            edge=options.edge,
+            execution="whole",
+            memory=options.memory,
+            batch_size=network_batch_size or options.batch_size,
+        )
+        with Predictor.of(bundle, alone, network) as predictor:
             found, failures = _parted(predictor.predict([files[index] for index in answered], network_clock))
         theirs = {answered[place]: answer for place, answer in found.items()}
         failed += _by_pytorch(failures)

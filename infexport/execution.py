@@ -4,43 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from infexport import memory
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.machine import available_memory
+from infexport.options import Execution, InferenceOptions
 from infexport.stream import CHUNK
 
-Execution = Literal["auto", "whole", "stream"]
 Way = Literal["whole", "memory", "disk"]
 
 WHOLE_TOKENS = 4096
 """With more, chunks are the faster way, too: they stay in a CPU's cache."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the user said.
-
-    Attributes:
-        execution: `auto` takes the fastest way that fits.
-        memory: bytes the process may take; None for `usual_memory`.
-        scratch: folder for tokens; None keeps them in memory where they fit.
-        chunk: tokens at a time; None for what suits what runs them.
-        half: keep tokens in float16.
-        batch: images at once, where they are run whole.
-        centrality: of tokens is asked for.
-    """
-
-    execution: Execution
-    memory: int | None
-    scratch: Path | None
-    chunk: int | None
-    half: bool
-    batch: int = 1
-    centrality: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,53 +39,70 @@ def usual_memory() -> int:
     return int(0.8 * available_memory())
 
 
-def estimates(bundle: Bundle, policy: Policy, image: Image) -> dict[Way, int]:
-    """Peak resident bytes of every way that the bundle has."""
+def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: int = CHUNK) -> dict[Way, int]:
+    """Peak resident bytes of every way that the bundle has.
+
+    Args:
+        bundle: opened.
+        options: of the run.
+        image: one of `options.batch_size` that are run at once, where they are run whole.
+        chunk: tokens at a time, streamed.
+    """
     manifest = bundle.manifest
-    found: dict[Way, int] = {"whole": memory.whole(manifest, bundle.weights, image.tokens, policy.batch)}
+    drawing = (memory.DRAWING + image.loaded) if options.drawing else 0
+    found: dict[Way, int] = {"whole": memory.whole(manifest, bundle.weights, image.tokens, options.batch_size)}
     if manifest.stages is not None:
         for way in ("memory", "disk"):
             found[way] = image.loaded + memory.streamed(
-                manifest,
-                image.tokens,
-                image.width,
-                policy.chunk or CHUNK,
-                policy.half,
-                way == "disk",
-                policy.centrality,
+                manifest, image.tokens, image.width, chunk, options.half, way == "disk", options.centrality
             )
-    return found
+    return {way: size + drawing for way, size in found.items()}
 
 
-def choose(bundle: Bundle, policy: Policy, image: Image) -> Way:
-    """The way to run an image.
+def choose(
+    bundle: Bundle,
+    options: InferenceOptions,
+    image: Image,
+    room: int,
+    chunk: int = CHUNK,
+    execution: Execution | None = None,
+) -> Way:
+    """Choose the way to run an image.
+
+    Args:
+        bundle, options, image, chunk: as of `estimates`.
+        room: bytes that the process may take.
+        execution: in the place of that of the options.
 
     Raises:
         InfexportError: none fits, with the smallest that would do; or the bundle has no stages.
     """
-    found = estimates(bundle, policy, image)
-    room = usual_memory() if policy.memory is None else policy.memory
-    if policy.execution == "stream" and bundle.manifest.stages is None:
+    found = estimates(bundle, options, image, chunk)
+    execution = execution or options.execution
+    if execution == "stream" and bundle.manifest.stages is None:
         raise no_stages()
     ways: list[Way] = ["whole"]
-    if policy.execution != "whole" and bundle.manifest.stages is not None:
-        ways = ["memory", "disk"] if policy.scratch is None else ["disk"]
-        if policy.execution == "auto" and policy.scratch is None:
+    if execution != "whole" and bundle.manifest.stages is not None:
+        ways = ["memory", "disk"] if options.scratch is None else ["disk"]
+        if execution == "auto" and options.scratch is None:
             ways.insert(0 if image.tokens <= WHOLE_TOKENS + 1 else 1, "whole")
     for way in ways:
         if found[way] <= room:
             return way
     least = min(found, key=lambda way: found[way])
+    batch = options.batch_size
     how = {
-        "whole": "--execution whole",
+        "whole": "--execution whole" + (f" with --batch-size {batch}" if batch > 1 else ""),
         "memory": "--execution stream",
         "disk": "--execution stream with tokens on disk",
     }
     raise InfexportError(
-        f"an image of {image.tokens:,} tokens does not fit into {size_text(room)}",
+        f"{f'a batch of {batch} images' if batch > 1 and ways == ['whole'] else 'an image'} of {image.tokens:,} tokens "
+        f"does not fit into {size_text(room)}",
         "\n".join(f"{how[way]} needs about {size_text(found[way])}" for way in ways),
         f"the smallest that would do: --memory {size_text(found[least], up=True)}"
-        + ("" if least in ways else f" and {how[least]}"),
+        + ("" if least in ways else f" and {how[least]}")
+        + ("; or a smaller --batch-size" if batch > 1 and "whole" in ways else ""),
     )
 
 
@@ -123,7 +116,11 @@ def no_stages() -> InfexportError:
 
 
 def size_text(size: int, up: bool = False) -> str:
-    """Bytes as people write them, and as `--memory` reads them; `up` never says less than it is."""
-    unit, name, step = (2**30, "GiB", 100) if size >= 2**30 else (2**20, "MiB", 1)
+    """Write bytes as people do them, and as `--memory` reads them; `up` never says less than it is."""
+    unit, name, step = next(each for each in _UNITS if size >= each[0] or each[0] == 1)
     number = size / unit * step
     return f"{(math.ceil(number) if up else round(number)) / step:.2f}".rstrip("0").rstrip(".") + name
+
+
+_UNITS = ((2**30, "GiB", 100), (2**20, "MiB", 1), (2**10, "KiB", 1), (1, "B", 1))
+"""Least size, its unit's name, and the steps in which one unit is told."""

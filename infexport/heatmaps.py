@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,14 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.centrality import Centrality
-from infexport.images import Pixels
-from infexport.outputs import check_writable, written
+from infexport.errors import InfexportError
+from infexport.extras import require
+from infexport.images import DRAWN_BY, Pixels, is_drawn
+from infexport.options import Size
+from infexport.outputs import check_apart, check_writable, written
+from infexport.remote import at_hand, shown
 from infexport.stream.source import open_rows
-from infexport.transform import EvalTransform, window
+from infexport.transform import EvalTransform, transform_of, window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from infexport.bundle import Bundle
+    from infexport.predictions import Prediction
 
 Detail = Literal["mean", "layers", "heads"]
 OVERVIEW = 1024
@@ -143,7 +151,7 @@ def save(figure: Figure, file: Path) -> None:
         InfexportError: it cannot be written.
     """
     with written(file, "heat map", ELSEWHERE) as stream:
-        figure.savefig(stream, format="png", metadata={"Software": None})
+        figure.savefig(stream, format="png", metadata={"Software": DRAWN_BY})
 
 
 def check_folder(folder: Path) -> None:
@@ -153,6 +161,72 @@ def check_folder(folder: Path) -> None:
         InfexportError: it cannot.
     """
     check_writable(folder / "map.png", "heat map", (".png",), ELSEWHERE)
+
+
+class HeatmapWriter:
+    """Draws the heat map of every answer, as `<name>.png` in a folder.
+
+    Args:
+        bundle: of the answers.
+        files: the images, files or URLs.
+        size: as of the run's options.
+        folder: for the pictures.
+        detail: as of `figure_of`.
+
+    Attributes:
+        failed: why a picture was not drawn; the answer is none the worse for it.
+        drawn: number of pictures.
+
+    Raises:
+        InfexportError: the folder cannot be written to, or a picture would replace an image, or a file that is no heat
+            map.
+    """
+
+    def __init__(
+        self, bundle: Bundle, files: Sequence[Path | str], size: Size, folder: Path, detail: Detail = "mean"
+    ) -> None:
+        require("matplotlib", extra="plot")
+        check_folder(folder)
+        self._bundle, self._images, self._size, self._detail = bundle, files, size, detail
+        names = names_of([file if isinstance(file, Path) else Path(shown(file)) for file in files])
+        self._pictures = [folder / f"{name}.png" for name in names]
+        check_apart(dict.fromkeys(self._pictures, "heat map"), files, ELSEWHERE)
+        for picture in self._pictures:
+            if picture.is_file() and not is_drawn(picture):
+                raise InfexportError(f"the heat map would replace a file that is none: {picture}", hint=ELSEWHERE)
+        self.failed: list[InfexportError] = []
+        self.drawn = 0
+
+    def take(self, index: int, answer: Prediction) -> None:
+        """Draw the answer of the image of this index."""
+        assert answer.centrality is not None, "asked for"
+        try:
+            self._draw(index, answer)
+            self.drawn += 1
+        except InfexportError as error:
+            self.failed.append(error)
+        except Exception as error:  # whatever the library that draws, or one of its fonts, makes of it
+            self.failed.append(
+                InfexportError(
+                    f"cannot draw the heat map: {self._pictures[index]}",
+                    f"{type(error).__name__}: {error}",
+                    "the answer is none the worse for it; --centrality writes the numbers to an .npz --output",
+                )
+            )
+
+    def _draw(self, index: int, answer: Prediction) -> None:
+        assert answer.centrality is not None, "asked for"
+        (top,) = answer.top_k(1, self._bundle.labels)
+        title = f"{Path(answer.file).stem}: {top['label']}, {top['probability']:.1%}"
+        with at_hand(self._images[index]) as file:
+            pixels, image = overview(file)
+        transform = transform_of(self._bundle.manifest.preprocessing)
+        extent = region(image, answer.grid, self._bundle.manifest.config["patch_size"], self._size, transform)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of signs that a font has not: they are drawn as boxes
+            figure = figure_of(answer.centrality, pixels, image, extent, title, self._detail)
+            save(figure, self._pictures[index])
+        figure.clear()  # its parts hold each other: Python would look for them only now and then
 
 
 def names_of(files: Sequence[Path]) -> list[str]:

@@ -5,7 +5,8 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,20 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
+DRAWN_BY = "infexport heat map"
+"""The `Software` that pictures name which infexport has drawn; matplotlib writes it before the pixels."""
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a heat map that infexport has drawn, which is no image to be labelled."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(512)
+    except OSError:
+        return False
+    return begin.startswith(b"\x89PNG\r\n\x1a\n") and b"tEXtSoftware\0" + DRAWN_BY.encode() in begin
+
+
 def _expand(path: Path) -> list[Path]:
     if not path.is_dir():
         path.stat()  # raises the reason if there is no such file
@@ -89,23 +104,54 @@ def read_image(path: Path | str) -> Pixels:
     Raises:
         InfexportError: and nothing else, for whatever cannot be read or has no 8-bit equivalent.
     """
+    limit = _set_limit()
+    with _decoder_errors(path, limit):
+        check_ordinary(Path(path))
+        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+            return _pixels(image, path, limit)
+
+
+def pixels_of(image: Image.Image, name: str) -> Pixels:
+    """The pixels of an image that Pillow has opened or made, as `read_image` gives those of a file.
+
+    Args:
+        image: of any mode, loaded or not.
+        name: how errors call it.
+
+    Raises:
+        InfexportError: as of `read_image`.
+    """
+    limit = _set_limit()
+    with _decoder_errors(name, limit):
+        return _pixels(image, name, limit)
+
+
+def _set_limit() -> int:
     limit = pixel_limit()
     if limit != Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = limit
         # Pillow warns above the limit and refuses above twice that; we refuse above it, once and with a hint.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    return limit
+
+
+def _pixels(image: Image.Image, path: Path | str, limit: int) -> Pixels:
+    if image.width * image.height > limit:
+        raise too_large(path, f"{image.height}x{image.width}", limit)
+    # In an MPO what follows the photograph are its previews.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        log.warning("%s has more than one frame; the first is used", path)
+    image.load()
+    rgb = _to_rgb(image, path)
+    method = _UPRIGHT.get(_orientation(image, path))  # after load: Pillow turns TIFF upright itself
+    return np.array(rgb if method is None else rgb.transpose(method))
+
+
+@contextmanager
+def _decoder_errors(path: Path | str, limit: int) -> Iterator[None]:
+    """Turn what Pillow raises into our error."""
     try:
-        check_ordinary(Path(path))
-        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
-            if image.width * image.height > limit:
-                raise too_large(path, f"{image.height}x{image.width}", limit)
-            # In an MPO what follows the photograph are its previews.
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                log.warning("%s has more than one frame; the first is used", path)
-            image.load()
-            rgb = _to_rgb(image, path)
-            method = _UPRIGHT.get(_orientation(image, path))  # after load: Pillow turns TIFF upright itself
-            return np.array(rgb if method is None else rgb.transpose(method))
+        yield
     except _TOO_LARGE as error:
         raise too_large(path, str(error), limit) from error
     except MemoryError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,9 @@ _CHECKS = {
     "digest": lambda v: isinstance(v, str),
 }
 """Field → whether its value is one the tool can work with."""
+
+
+def enclosing_bundle(path: Path) -> Path | None:
+    """The bundle that a place is in, by whatever links; None where it is in none."""
+    parents = Path(os.path.realpath(path)).parents
+    return next((folder for folder in parents if (folder / FILE).is_file() and (folder / MODEL).is_file()), None)

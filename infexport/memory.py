@@ -15,6 +15,8 @@ from infexport.stream.stores import dtype_of
 
 PROCESS = 105_000_000
 """Python with numpy, Pillow, libvips and ONNX Runtime."""
+DRAWING = 115_000_000
+"""Matplotlib, the overview and the picture of a heat map."""
 F32 = 4
 TILE_ROWS = 4 * 256
 """Rows of pixels that libvips holds of a tiled image."""

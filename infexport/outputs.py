@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from infexport.atomic import partial_folder, sweep, sync_entry
 from infexport.errors import InfexportError
+from infexport.manifest import enclosing_bundle
 
 
 def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) -> None:
@@ -25,27 +27,77 @@ def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) 
         hint: where it cannot be written to.
 
     Raises:
-        InfexportError: an unknown suffix, or a place that cannot be written to.
+        InfexportError: an unknown suffix, a place inside a bundle, or one that cannot be written to.
     """
-    if path.suffix not in suffixes:
+    if path.suffix.lower() not in suffixes:
         raise InfexportError(
             f"unknown kind of {kind}: {path}",
             f"received {path.suffix or 'no suffix'}, expected {', '.join(suffixes)}",
         )
     if path.is_dir():
         raise InfexportError(f"the {kind} is a folder: {path}", hint="name a file")
+    if bundle := enclosing_bundle(path):
+        raise InfexportError(
+            f"the {kind} is inside a bundle: {path}", f"it would be lost or ruin it: {bundle}", "choose another place"
+        )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder = Path(os.path.realpath(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
-        sweep(path.parent)
+        sweep(folder)
     except OSError as error:
         raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error
+
+
+def check_apart(outputs: Mapping[Path, str], inputs: Iterable[Path | str], hint: str) -> None:
+    """Find out before the work that an output would replace what is read.
+
+    Args:
+        outputs: file → what it is, for people.
+        inputs: files that are read, or `file://` URLs; other URLs are elsewhere.
+        hint: what to do.
+
+    Raises:
+        InfexportError: a file is both, by whatever name or link.
+    """
+    written_to = {os.path.realpath(path): path for path in outputs}
+    numbers = {number: path for path in outputs if (number := _number(path)) is not None}
+    for item in inputs:
+        path = local_path(item)
+        if path is None:
+            continue
+        output = written_to.get(os.path.realpath(path)) or numbers.get(_number(path) or (0, 0))
+        if output is not None:
+            raise InfexportError(
+                f"the {outputs[output]} would replace what is read: {path}", f"it is written to {output}", hint
+            )
+
+
+def local_path(item: Path | str) -> Path | None:
+    """The file on this machine that a path or a URL names; None for a URL of elsewhere."""
+    if isinstance(item, Path):
+        return item
+    scheme, separator, rest = item.partition("://")
+    if not separator:
+        return Path(item)
+    return Path(rest) if scheme in ("file", "local") else None
+
+
+def _number(path: Path) -> tuple[int, int] | None:
+    """The file's own number, which all of its names share; None where there is none."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
 def written(path: Path, kind: str, hint: str) -> Iterator[BinaryIO]:
     """A file to write to, which appears when it is whole.
+
+    Where a link is, the file that it leads to is written; a file that is replaced keeps its mode.
 
     Args:
         path, kind, hint: as of `check_writable`.
@@ -54,13 +106,16 @@ def written(path: Path, kind: str, hint: str) -> Iterator[BinaryIO]:
         InfexportError: it cannot be written.
     """
     try:
-        with partial_folder(path.parent) as folder:
+        place = Path(os.path.realpath(path))
+        with partial_folder(place.parent) as folder:
             partial = folder / f"{kind}{path.suffix}"  # made here, it has the mode everyone's files have
             with partial.open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-        sync_entry(path.parent)
+            if place.is_file():
+                partial.chmod(stat.S_IMODE(place.stat().st_mode))
+            partial.replace(place)
+        sync_entry(place.parent)
     except OSError as error:
         raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error

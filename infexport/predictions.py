@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tempfile
+import zipfile
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -79,7 +82,7 @@ def check_output(path: Path) -> None:
         InfexportError: an unknown suffix, or a place that cannot be written to.
     """
     check_writable(path, "output", SUFFIXES, ELSEWHERE)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         require("pyarrow", extra="scale")
 
 
@@ -115,7 +118,6 @@ class Results:
         top_k: classes per image.
         features: whether they are written too.
         shape: classes and E, for a file with no predictions in it.
-        centrality: whether it is written too.
     """
 
     rows: Sequence[Row]
@@ -124,7 +126,6 @@ class Results:
     top_k: int
     features: bool
     shape: tuple[int, int]
-    centrality: bool = False
 
     @property
     def predictions(self) -> list[Prediction]:
@@ -135,29 +136,29 @@ class Results:
         return [row for row in self.rows if isinstance(row, Failure)]
 
     def to_dict(self) -> dict[str, Any]:
-        """One JSON document, `features` a list per image if asked for."""
-        images = []
-        for prediction in self.predictions:
-            image = prediction.to_dict(self.top_k, self.labels)
+        """One JSON document, `features` a list per image if asked for; `index` is an image's place among all."""
+        images, failed = [], []
+        for index, row in enumerate(self.rows):
+            if isinstance(row, Failure):
+                failed.append({"index": index, **row.to_dict()})
+                continue
+            image = {"index": index, **row.to_dict(self.top_k, self.labels)}
             if self.features:
-                image["features"] = prediction.features.tolist()
+                image["features"] = row.features.tolist()
             images.append(image)
-        failed = [failure.to_dict() for failure in self.failures]
         return {"warnings": list(self.warnings), "images": images, "failed": failed}
 
     def write(self, path: Path) -> None:
         """Write JSON, CSV, npz or Parquet, by the suffix; the file appears when it is whole.
 
         All but JSON have a row for every image, in order, and its `error` where there is no answer. In an npz: `files`,
-        `errors` and `logits [n, classes]` (NaN where there is none), and if asked for `features [n, E]` and, for the
-        i-th image, `centrality_i [layers, heads, rows, columns]` and `centrality_class_token_i [layers, heads]`; a cell
-        is the sum over `centrality_step[i]` patches to a side.
+        `errors` and `logits [n, classes]` (NaN where there is none), and if asked for `features [n, E]`.
 
         Raises:
             InfexportError: it cannot be written.
         """
         with written(path, "output", ELSEWHERE) as file:
-            _WRITERS[path.suffix](file, self)
+            _WRITERS[path.suffix.lower()](file, self)
 
     def table(self) -> dict[str, list[Any]]:
         """Column → a value for every image, None where there is none: what CSV and Parquet have."""
@@ -187,6 +188,89 @@ class Results:
         return np.array(found, np.float32).reshape(-1, width)
 
 
+class CentralityFile:
+    """An npz to which the centrality of images is written as it comes: more images take no more memory.
+
+    It appears when it is whole, by `write`; what is closed without is deleted. A disk that is full does not end the
+    run: `write` says so.
+
+    Args:
+        output: the file.
+
+    Raises:
+        InfexportError: it cannot be made.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._steps: dict[int, int] = {}
+        self._error: OSError | None = None
+        self._stack = ExitStack()
+        self._archive = zipfile.ZipFile(self._stack.enter_context(written(output, "output", ELSEWHERE)), "w")
+
+    def take(self, index: int, answer: Prediction) -> None:
+        """Write the centrality of the image of this index."""
+        centrality = answer.centrality
+        assert centrality is not None, "asked for"
+        try:
+            if self._error is None:
+                _write_array(self._archive, f"centrality_{index}", centrality.cells)
+                _write_array(self._archive, f"centrality_class_token_{index}", centrality.class_token)
+                self._steps[index] = centrality.step
+        except OSError as error:
+            self._error = error
+
+    def write(self, results: Results) -> None:
+        """Write the rest of the npz as `Results.write` does.
+
+        For the i-th image it has `centrality_i [layers, heads, rows, columns]` and `centrality_class_token_i [layers,
+        heads]`; a cell is the sum over `centrality_step[i]` patches to a side.
+
+        Raises:
+            InfexportError: it cannot be written.
+        """
+        steps = np.array([self._steps.get(index, 0) for index in range(len(results.rows))], np.int64)
+        with self._stack:
+            if self._error is not None:
+                raise self._error
+            for name, values in {**_arrays(results), "centrality_step": steps}.items():
+                _write_array(self._archive, name, values)
+            self._archive.close()
+
+    def close(self) -> None:
+        """Delete what is not written to its end."""
+        with suppress(_UnfinishedError), self._stack:
+            raise _UnfinishedError
+        self._archive.fp = None  # else it would write its end into a closed file when it is freed
+
+
+class _UnfinishedError(Exception):
+    """Nothing is to be kept."""
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, np.asanyarray(values), allow_pickle=False)
+
+
+def keep_elsewhere(path: Path, results: Results) -> Path | None:
+    """Write results that cannot be written to `path` to a folder for temporary files; None where that fails, too.
+
+    Args:
+        path: as of `Results.write`; the copy has its name.
+        results: without centrality.
+    """
+    try:
+        copy = Path(tempfile.mkdtemp(prefix="infexport-kept-")) / path.name
+    except OSError:
+        return None
+    try:
+        results.write(copy)
+        return copy
+    except InfexportError:
+        copy.parent.rmdir()
+        return None
+
+
 def _write_json(file: BinaryIO, results: Results) -> None:
     file.write((json.dumps(results.to_dict(), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
@@ -205,21 +289,21 @@ def _write_csv(file: BinaryIO, results: Results) -> None:
 
 
 def _write_npz(file: BinaryIO, results: Results) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, values in _arrays(results).items():
+            _write_array(archive, name, values)
+
+
+def _arrays(results: Results) -> dict[str, NDArray[Any]]:
     rows = results.rows
-    arrays: dict[str, Any] = {
+    arrays: dict[str, NDArray[Any]] = {
         "files": np.array([row.file for row in rows], np.str_),
         "errors": np.array([row.text if isinstance(row, Failure) else "" for row in rows], np.str_),
         "logits": results.stacked("logits"),
     }
     if results.features:
         arrays["features"] = results.stacked("features")
-    if results.centrality:
-        found = [row.centrality if isinstance(row, Prediction) else None for row in rows]
-        arrays["centrality_step"] = np.array([0 if one is None else one.step for one in found], np.int64)
-        for i, one in enumerate(found):
-            if one is not None:
-                arrays |= {f"centrality_{i}": one.cells, f"centrality_class_token_{i}": one.class_token}
-    np.savez(file, **arrays)
+    return arrays
 
 
 def _write_parquet(file: BinaryIO, results: Results) -> None:

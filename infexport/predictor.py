@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from infexport.bundle import Bundle, open_bundle
 from infexport.errors import InfexportError
-from infexport.execution import Execution, Policy
+from infexport.options import Edge, Execution, InferenceOptions, Size, TokenDtype, parse_bytes, parse_size
 from infexport.predictions import Failure, Prediction, Row
 from infexport.remote import Item
-from infexport.run import Listener, Request, Run
+from infexport.run import Listener, Run
 from infexport.runners.opening import Opening
 
-Batch = Mapping[str, Any] | Sequence[Item] | NDArray[Any] | Path | str
+Batch = Mapping[str, Any] | Sequence[Item] | NDArray[Any] | Item
 
 
 class Predictor:
@@ -28,12 +30,19 @@ class Predictor:
     It can be pickled at any time. The bundle is opened, its hashes checked and its session started by the first call in
     a process, and kept.
 
+    Threads may share one: a call keeps nothing on it. Images that are run whole are run side by side, so that `memory`
+    is of each call; images that are streamed take turns. `close` gives back what is open once no call is under way.
+    Processes may not: what is open does not survive a fork. Pickle it, or make one in each.
+
     Args:
         bundle: the folder.
         digest: the bundle's, where it is known from elsewhere; another bundle is refused.
         size, edge, provider, engine, threads, execution, memory, chunk, tokens, scratch, batch_size: as of
-            `infexport run-engine`; `memory` in bytes.
+            `infexport run-engine`, and as there `size` and `memory` may be text.
         centrality: what `predict` returns has it.
+
+    Raises:
+        InfexportError: a value that an option does not take, or an option that would be ignored.
     """
 
     def __init__(
@@ -41,12 +50,12 @@ class Predictor:
         bundle: Path | str,
         *,
         digest: str | None = None,
-        size: Literal["trained", "native"] | int = "trained",
-        edge: Literal["pad", "crop"] = "pad",
+        size: Size | str = "trained",
+        edge: Edge = "pad",
         execution: Execution = "auto",
-        memory: int | None = None,
+        memory: int | str | None = None,
         chunk: int | None = None,
-        tokens: Literal["float32", "float16"] = "float32",
+        tokens: TokenDtype = "float32",
         scratch: Path | str | None = None,
         provider: str = "auto",
         engine: str | None = None,
@@ -54,23 +63,46 @@ class Predictor:
         threads: int | None = None,
         centrality: bool = False,
     ) -> None:
-        folder = None if scratch is None else Path(scratch)
-        policy = Policy(execution, memory, folder, chunk, tokens == "float16", batch_size, centrality)
-        self.path, self._digest = Path(bundle), digest
-        self._request = Request(policy, size, edge, provider, engine, threads, centrality)
+        self._options = InferenceOptions(
+            size=parse_size(size),
+            edge=edge,
+            execution=execution,
+            memory=parse_bytes(memory),
+            chunk=chunk,
+            tokens=tokens,
+            scratch=Path(scratch).absolute() if isinstance(scratch, str | Path) else scratch,
+            provider=provider,
+            engine=engine,
+            batch_size=batch_size,
+            threads=threads,
+            centrality=centrality,
+        )
+        self._digest = digest
+        self._begin(Path(bundle).absolute())  # it may be called in another folder, or sent to a process that is there
 
     @classmethod
-    def of(cls, bundle: Bundle, request: Request, opening: Opening | None = None) -> Self:
+    def of(cls, bundle: Bundle, options: InferenceOptions, opening: Opening | None = None) -> Self:
         """For a bundle that is open already, and, if given, with what opens other runners (`infexport.run.Run`)."""
         self = cls.__new__(cls)
-        self.path, self._digest, self.bundle = bundle.path, None, bundle
-        self._request, self._run = request, Run(bundle, request, opening)
+        self._options, self._digest = options, None
+        self._begin(bundle.path.absolute())
+        self._bundle, self._run = bundle, Run(bundle, options, opening)
         return self
+
+    def _begin(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._bundle: Bundle | None = None
+        self._run: Run | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # what is open stays where it is; elsewhere it is to be the same bundle
-        digest = self.bundle.manifest.digest if "bundle" in vars(self) else self._digest
-        return {"path": self.path, "_digest": digest, "_request": self._request}
+        digest = self._digest if self._bundle is None else self._bundle.manifest.digest
+        return {"path": self.path, "digest": digest, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._options, self._digest = state["options"], state["digest"]
+        self._begin(state["path"])
 
     def __enter__(self) -> Self:
         return self
@@ -80,42 +112,55 @@ class Predictor:
     ) -> None:
         self.close()
 
-    @cached_property
+    @property
     def bundle(self) -> Bundle:
         """Opened, its hashes checked.
 
         Raises:
             InfexportError: as of `open_bundle`.
         """
-        return open_bundle(self.path, digest=self._digest)
+        with self._lock:
+            return self._open()
 
-    @cached_property
-    def _run(self) -> Run:
-        return Run(self.bundle, self._request)
+    def _open(self) -> Bundle:
+        if self._bundle is None:
+            self._bundle = open_bundle(self.path, digest=self._digest)
+        return self._bundle
 
-    def predict(self, images: Sequence[Item], listener: Listener | None = None) -> list[Row]:
-        """A `Prediction`, or a `Failure` that says why there is none, for every image, in their order.
+    def predict(
+        self, images: Sequence[Item], listener: Listener | None = None, keep_centrality: bool = True
+    ) -> list[Row]:
+        """Return a `Prediction`, or a `Failure` that says why there is none, for every image, in their order.
 
         Args:
-            images: files, URLs (extra `scale`), or uint8 RGB arrays `[H, W, 3]`, of any sizes.
-            listener: told of it.
+            images: files, URLs (extra `scale`), uint8 RGB arrays `[H, W, 3]`, or images of Pillow, of any sizes.
+            listener: told of it, in this thread.
+            keep_centrality: as of `infexport.run.Run`.
 
         Raises:
-            InfexportError: the bundle cannot be run at all.
+            InfexportError: the bundle cannot be run at all, or these are no images.
         """
-        return self._run(images, listener)
+        images = _items(images)
+        with self._lock:
+            if self._run is None:
+                self._run = Run(self._open(), self._options)
+            run = self._run
+        return run(images, listener, keep_centrality)
 
     def close(self) -> None:
-        """Give back what the first call opened; the next one opens it again."""
-        if "_run" in vars(self):
-            self._run.close()
+        """Give back what the first call opened, once the last call under way is done; the next one opens it again."""
+        with self._lock:
+            run = self._run
+        if run is not None:
+            run.close()
 
     def __call__(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """A row for every image of a batch, in its order; never fewer.
 
         Args:
-            batch: as `predict` takes it, `[n, H, W, 3]` too, or a mapping with these under `image` or `file`, whose
-                other columns are handed on, as Ray Data's `map_batches` has it. With both, `file` names the images.
+            batch: as `predict` takes it, one image or `[n, H, W, 3]` too, or a mapping with these under `image` or
+                `file`, whose other columns are handed on, as Ray Data's `map_batches` has it. With both, `file` names
+                the images.
 
         Returns:
             `file`, `index` (of the likeliest class), `label` and `probability` `[n]`, `logits [n, classes]` and
@@ -185,15 +230,30 @@ def rows_of(columns: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _images(batch: Batch) -> tuple[Sequence[Item], dict[str, Any]]:
+def _images(batch: Batch) -> tuple[list[Item], dict[str, Any]]:
     """The images of a batch, and its other columns."""
-    if isinstance(batch, str | Path):
-        return [batch], {}
     if not isinstance(batch, Mapping):
-        return list(batch), {}
+        return _items(batch), {}
     name = next((name for name in ("image", "file") if name in batch), None)
     if name is None:
         raise InfexportError(
             "a batch without images", f"received columns {', '.join(batch) or '(none)'}, expected image or file"
         )
-    return list(batch[name]), {other: values for other, values in batch.items() if other != name}
+    return _items(batch[name]), {other: values for other, values in batch.items() if other != name}
+
+
+def _items(images: Any) -> list[Item]:
+    """Images as a list: one of them, `[H, W, 3]` too, is a list of one.
+
+    Raises:
+        InfexportError: they cannot be counted.
+    """
+    single = isinstance(images, str | bytes | os.PathLike | Image.Image)
+    if single or (isinstance(images, np.ndarray) and images.ndim == 3):
+        return [images]
+    try:
+        return list(images)
+    except TypeError as error:
+        raise InfexportError(
+            "no images", f"received {type(images).__name__}, expected a list of files, URLs or arrays"
+        ) from error

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
+from PIL import Image
+
 from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.images import SUFFIXES, Pixels, find_images
 
-Item = Path | str | Pixels
-"""An image: a file, its URL, or uint8 RGB `[H, W, 3]`."""
+Item = Path | str | Pixels | Image.Image
+"""An image: a file, its URL, uint8 RGB `[H, W, 3]`, or one that Pillow has opened or made."""
 
 
 def is_url(item: object) -> TypeGuard[str]:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
+from PIL import Image as PillowImage
 
 from infexport.bundle import Bundle, sha256
 from infexport.centrality import CENTRALITY, of_tokens
 from infexport.errors import InfexportError
-from infexport.execution import Image, Policy, Way, choose, usual_memory
-from infexport.images import Pixels, read_image
+from infexport.execution import Image, Way, choose, usual_memory
+from infexport.images import Pixels, pixels_of, read_image
 from infexport.machine import cache_folder, usable_cores
+from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction, Row
 from infexport.remote import Item, at_hand, is_url, shown
-from infexport.runners import Deployed, Runner, Stages, spread
+from infexport.runners import Deployed, Stages, spread
 from infexport.runners.opening import Opening
 from infexport.stream import CHUNK, stream
 from infexport.stream.scratch import Identity, Scratch
@@ -30,30 +32,8 @@ from infexport.stream.source import ArrayRows, Rows, Source, open_rows
 from infexport.transform import Fitted, fit, resized, transform_of
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    Attributes:
-        size: `trained` applies the recorded evaluation transform, `native` leaves the image as it is, N is the
-            transform at N pixels.
-        edge: how a side becomes a whole number of patches: `pad` replicates the edge, `crop` cuts.
-        policy: how they are run. Images are never padded to a common size: every token enters the pooled state.
-        provider, engine, threads: as of `runners.opening.Opening`.
-        keep_centrality: predictions have it, where the policy asks for it; else the listener alone is told.
-    """
-
-    policy: Policy
-    size: Literal["trained", "native"] | int = "trained"
-    edge: Literal["pad", "crop"] = "pad"
-    provider: str = "auto"
-    engine: str | None = None
-    threads: int | None = None
-    keep_centrality: bool = False
-
-
 class Listener:
-    """What is told of a run; this one ignores it."""
+    """Receives progress events; ignores them by default."""
 
     def image(self, done: int) -> None:
         """So many more images are done."""
@@ -74,159 +54,201 @@ class Listener:
 class Run:
     """Runs images through a bundle, images of equal grids together where they are run whole.
 
-    What the first image starts serves those of later calls, until it is closed.
+    Threads may share it: a call keeps nothing here but the sessions that it opens for all. Images that are run whole
+    are run side by side; those that are streamed take turns.
 
     Args:
         bundle: whose preprocessing is applied.
-        request: what is asked for.
-        opening: what opens the runners; None for what the request names.
+        options: of the run.
+        opening: opens the runners; None for what the options name.
     """
 
-    def __init__(self, bundle: Bundle, request: Request, opening: Opening | None = None) -> None:
-        self.bundle, self.request, self.listener = bundle, request, Listener()
-        self._transform = transform_of(bundle.manifest.preprocessing)
-        self._patch = bundle.manifest.config["patch_size"]
-        self._rows: dict[int, Row] = {}
+    def __init__(self, bundle: Bundle, options: InferenceOptions, opening: Opening | None = None) -> None:
+        self.bundle, self.options = bundle, options
+        self.opening = opening or Opening(bundle, options.provider, options.engine, options.threads, options.centrality)
+        self.streaming = threading.Lock()
+        """Held while an image is streamed: stages are loaded one after the other."""
+        self._lock = threading.RLock()
+        self._calls, self._closing = 0, False
         self._sessions = ExitStack()
-        ways = request.provider, request.engine, request.threads, request.policy.centrality
-        self._opening = opening or Opening(bundle, *ways)
+        self._runner: Deployed | None = None
+        self._stages: Stages | None = None
+        self._on_gpu: bool | None = None
 
-    def close(self) -> None:
-        """Give back what was started; the next call starts it again."""
-        self._sessions.close()
-        for name in ("_runner", "_stages"):
-            vars(self).pop(name, None)
-
-    @cached_property
-    def _policy(self) -> Policy:
-        """As asked for, with the chunk that engines were built for and what memory there is where none was named."""
-        policy = self.request.policy
-        return replace(policy, chunk=self._opening.chunk(policy.chunk), memory=policy.memory or usual_memory())
-
-    @cached_property
-    def _on_gpu(self) -> bool:
-        """Whether images that are run whole are run on a GPU; what is first asked of a run, so notes are told here."""
-        on_gpu = bool(self._opening.engines) or (self._opening.seeks_gpu and self._runner.provider != "cpu")
-        for note in self._opening.notes:
-            self.listener.status(note)
-        return on_gpu
-
-    def __call__(self, images: Sequence[Item], listener: Listener | None = None) -> list[Row]:
-        """A row for every image, in their order: what is wrong with an image is a failure of that image.
+    def __call__(
+        self, images: Sequence[Item], listener: Listener | None = None, keep_centrality: bool = True
+    ) -> list[Row]:
+        """Return a row for every image, in their order: what is wrong with an image is a failure of that image.
 
         Args:
             images: as of `remote.Item`.
             listener: told of it.
+            keep_centrality: predictions have it, where the options ask for it; else the listener alone is told.
 
         Raises:
             InfexportError: the bundle cannot be run at all.
         """
-        self._rows, self.listener = {}, listener or Listener()
-        _ = self._on_gpu
-        if "whole" in self._opening.engines and self._policy.execution != "stream":
-            _ = self._runner  # one that cannot be loaded is no image's failure
-        for batch in _batches(self._whole_images(images), self.request.policy.batch):
-            runner = self._runner
-            with self._failing(images, [index for index, _ in batch], _shapes(batch)):
-                self._run_whole(runner, batch, images)
-            self.listener.image(len(batch))
-        rows, self._rows, self.listener = self._rows, {}, Listener()  # which may hold on to much
-        return [rows[index] for index in range(len(images))]
-
-    @contextmanager
-    def _failing(self, images: Sequence[Item], indices: Sequence[int], doing: str) -> Iterator[None]:
-        """What goes wrong here is a failure of these images."""
+        with self._lock:
+            self._calls += 1
         try:
-            yield
-        except (InfexportError, MemoryError) as error:
-            # a new one: what was raised holds on to all that was in memory where it was
-            reason = _out_of_memory(doing)
-            if isinstance(error, InfexportError):
-                reason = InfexportError(error.summary, error.details, error.hint)
-            self._rows |= {index: Failure(name_of(images, index), reason) for index in indices}
+            return _Call(self, images, listener or Listener(), keep_centrality).run()
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if self._closing and not self._calls:
+                    self._close()
 
-    @cached_property
-    def _runner(self) -> Deployed:
-        """Of the whole graph, which is loaded when the first image needs it."""
-        runner = self._sessions.enter_context(self._opening.runner())
-        self.listener.running(runner.provider, runner.precision)
-        if runner.provider != "cpu" and (split := spread(runner.placement)):
-            self.listener.status(f"{split}; infexport inspect --provider {self.request.provider} shows which")
-        return runner
+    def close(self) -> None:
+        """Give back what was started, once the last call under way is done; the next call starts it again."""
+        with self._lock:
+            self._closing = True
+            if not self._calls:
+                self._close()
 
-    @cached_property
-    def _stages(self) -> Stages:
-        stages = self._sessions.enter_context(self._opening.stages())
-        self.listener.running(stages.provider, stages.precision)
-        return stages
+    def _close(self) -> None:
+        self._runner = self._stages = None
+        self._closing = False
+        self._sessions.close()
 
-    def _whole_images(self, images: Sequence[Item]) -> Iterator[tuple[int, Fitted]]:
-        """The images that are run whole; what is streamed is run here."""
-        for index, item in enumerate(images):
-            opened: Fitted | tuple[Source, Way] | None = None
+    def runner(self, listener: Listener) -> Deployed:
+        """The runner of the whole graph, which is loaded when the first image needs it."""
+        with self._lock:
+            if self._runner is None:
+                runner = self._sessions.enter_context(self.opening.runner())
+                listener.running(runner.provider, runner.precision)
+                if runner.provider != "cpu" and (split := spread(runner.placement)):
+                    listener.status(f"{split}; infexport inspect --provider {self.options.provider} shows which")
+                self._runner = runner
+            return self._runner
+
+    def stages(self, listener: Listener) -> Stages:
+        """The runner of the stages, to be used by who holds `streaming`."""
+        with self._lock:
+            if self._stages is None:
+                self._stages = self._sessions.enter_context(self.opening.stages())
+                listener.running(self._stages.provider, self._stages.precision)
+            return self._stages
+
+    def on_gpu(self, listener: Listener) -> bool:
+        """Whether images that are run whole are run on a GPU; the first call is told why engines are not used."""
+        with self._lock:
+            if self._on_gpu is None:
+                engines = bool(self.opening.engines)
+                self._on_gpu = engines or (self.opening.seeks_gpu and self.runner(listener).provider != "cpu")
+                for note in self.opening.notes:
+                    listener.status(note)
+            return self._on_gpu
+
+
+class _Call:
+    """One call of a `Run`: reads every image, plans how it is run, and batches or streams it."""
+
+    def __init__(self, run: Run, images: Sequence[Item], listener: Listener, keep_centrality: bool) -> None:
+        self._run, self._bundle, self._options, self._listener = run, run.bundle, run.options, listener
+        self._keep_centrality = keep_centrality
+        self._images, self._rows = list(images), dict[int, Row]()
+        self._transform = transform_of(run.bundle.manifest.preprocessing)
+        self._patch = run.bundle.manifest.config["patch_size"]
+        self._on_gpu = run.on_gpu(listener)
+        self._chunk = run.opening.chunk(run.options.chunk)
+        self._room = run.options.memory or usual_memory()
+        if "whole" in run.opening.engines and run.options.execution != "stream":
+            run.runner(listener)  # one that cannot be loaded is no image's failure
+
+    def run(self) -> list[Row]:
+        batches = _Batches(self._options.batch_size)
+        for index in range(len(self._images)):
             with ExitStack() as held:
-                with self._failing(images, [index], "while reading it"):
-                    image = held.enter_context(at_hand(item)) if isinstance(item, Path | str) else _checked(item)
-                    opened = self._open(image)
+                opened = self._read(index, held)
                 if isinstance(opened, tuple):
-                    stages = self._stages
-                    with self._failing(images, [index], "while streaming it"):
-                        key = item if is_url(item) else image
-                        self._answer(index, self._stream(name_of(images, index), key, image, *opened, stages))
+                    self._stream(index, *opened)
             if isinstance(opened, Fitted):
-                yield index, opened
+                for batch in batches.add(index, opened):
+                    self._run_whole(batch)
             else:
-                self.listener.image(1)
+                self._listener.image(1)
+        for batch in batches.rest():
+            self._run_whole(batch)
+        self._tell_unused()
+        return [self._rows[index] for index in range(len(self._images))]
 
-    def _open(self, image: Path | Pixels) -> Fitted | tuple[Source, Way]:
-        """An image that is to be run whole, or one to be streamed, and how."""
-        source = source_of(image, self.bundle, self.request)
-        way = self._way(source, source.rows.loaded)
-        if way != "whole":
-            return source, way
-        pixels = source.rows.pixels if isinstance(source.rows, ArrayRows) else _pixels(image)
-        return fit(pixels, self._patch, "native", self._transform, self.request.edge)
+    def _read(self, index: int, held: ExitStack) -> Fitted | tuple[Path | Pixels, Source, Way] | None:
+        """An image that is to be run whole; one to be streamed, and how; or None where that failed.
 
-    def _way(self, source: Source, loaded: int) -> Way:
-        policy = self._policy
+        Args:
+            index: of the image.
+            held: closed when it is not needed any more; a URL's copy is deleted then.
+        """
+        with self._failing([index], "while reading it"):
+            item = _checked(self._images[index])
+            image = item if isinstance(item, np.ndarray) else held.enter_context(at_hand(item))
+            source = source_of(image, self._bundle, self._options)
+            way = self._way(source)
+            if way != "whole":
+                return image, source, way
+            pixels = source.rows.pixels if isinstance(source.rows, ArrayRows) else _pixels(image)
+            return fit(pixels, self._patch, "native", self._transform, self._options.edge)
+        return None
+
+    def _way(self, source: Source) -> Way:
+        options, chunk, execution = self._options, self._chunk, self._options.execution
         # what is predicted is a CPU's memory, and the caches that make chunks faster are a CPU's
-        if self._on_gpu and policy.execution != "stream" and policy.scratch is None:
-            if policy.execution == "whole" or self._takes_whole(source):
+        if self._on_gpu and execution != "stream" and options.scratch is None:
+            if execution == "whole" or self._takes_whole(source):
                 return "whole"
-            policy = replace(policy, execution="stream")
-        if "stream" in self._opening.engines:  # what passes through them is in the GPU's memory
-            policy = replace(policy, chunk=CHUNK)
-        return choose(self.bundle, policy, Image(source.tokens, source.grid[1] * self._patch, loaded))
+            execution = "stream"
+        if "stream" in self._run.opening.engines:  # what passes through them is in the GPU's memory
+            chunk = CHUNK
+        image = Image(source.tokens, source.grid[1] * self._patch, source.rows.loaded)
+        return choose(self._bundle, options, image, self._room, chunk, execution)
 
     def _takes_whole(self, source: Source) -> bool:
         """Whether the GPU is to run an image at once; where nothing else may, it says itself why it cannot."""
-        engines = self._opening.engines
-        if engines and "whole" not in engines:
+        opening = self._run.opening
+        if opening.engines and "whole" not in opening.engines:
             return False
         shape = (1, *(side * self._patch for side in source.grid), 3)
-        return self._runner.takes(shape) or (self._opening.engines_alone and "stream" not in engines)
+        takes = self._run.runner(self._listener).takes(shape)
+        return takes or (opening.engines_alone and "stream" not in opening.engines)
 
-    def _stream(
-        self, name: str, key: Path | str | Pixels, image: Path | Pixels, source: Source, way: Way, stages: Stages
-    ) -> Prediction:
-        policy, listener = self._policy, self.listener
+    def _run_whole(self, batch: Sequence[tuple[int, Fitted]]) -> None:
+        runner = self._run.runner(self._listener)
+        with self._failing([index for index, _ in batch], _shapes(batch)):
+            values = runner.run(np.stack([image.pixels for _, image in batch]))
+            for row, (index, image) in enumerate(batch):
+                grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
+                logits, features = values["logits"][row], values["features"][row]
+                centrality = of_tokens(values[CENTRALITY][row], grid) if self._options.centrality else None
+                name = name_of(self._images, index)
+                self._answer(index, Prediction(name, grid, image.padded_share, logits, features, centrality=centrality))
+        self._listener.image(len(batch))
+
+    def _stream(self, index: int, image: Path | Pixels, source: Source, way: Way) -> None:
+        with self._run.streaming:
+            stages = self._run.stages(self._listener)
+            with self._failing([index], "while streaming it"):
+                self._answer(index, self._streamed(index, image, source, way, stages))
+
+    def _streamed(self, index: int, image: Path | Pixels, source: Source, way: Way, stages: Stages) -> Prediction:
+        options, listener = self._options, self._listener
+        name, item = name_of(self._images, index), self._images[index]
         scratch: Scratch | None = None
         with ExitStack() as stack:
             if way == "disk":
-                root = policy.scratch or cache_folder()
-                identity = self._identity(key, image, source.rows, stages)
+                root = options.scratch or cache_folder()
+                identity = self._identity(item if is_url(item) else image, image, source.rows, stages)
                 scratch = stack.enter_context(Scratch(root, identity, listener.status))
             found = stream(
-                self.bundle,
+                self._bundle,
                 stages,
                 source,
                 scratch,
-                policy.chunk or CHUNK,
-                policy.half,
+                self._chunk,
+                options.half,
                 lambda stage, done, total: listener.sweep(name, stage, done, total),
-                policy.centrality,
+                options.centrality,
             )
-        kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}{' in float16' if policy.half else ''}"
+        kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}{' in float16' if options.half else ''}"
         return Prediction(
             name,
             source.grid,
@@ -240,16 +262,16 @@ class Run:
 
     def _identity(self, key: Path | str | Pixels, image: Path | Pixels, rows: Rows, stages: Stages) -> Identity:
         """What decides an image's answer to the last bit."""
-        request, manifest = self.request, self.bundle.manifest
+        options, manifest = self._options, self._bundle.manifest
         facts = {
             "bundle": manifest.files,
-            "size": request.size,
-            "edge": request.edge,
-            "chunk": self._policy.chunk,
-            "tokens": "float16" if self._policy.half else "float32",
-            "centrality": self._policy.centrality,
+            "size": options.size,
+            "edge": options.edge,
+            "chunk": self._chunk,
+            "tokens": options.tokens,
+            "centrality": options.centrality,
             "provider": stages.provider,
-            "threads": request.threads or usable_cores(),
+            "threads": options.threads or usable_cores(),
             "reader": rows.reader,
             "runtime": stages.identity,
             "infexport": importlib.metadata.version("infexport"),
@@ -259,68 +281,120 @@ class Run:
             return Identity(np.frombuffer(key.encode(), np.uint8), facts | {"content": sha256(image)})
         return Identity(key, facts)
 
-    def _run_whole(self, runner: Runner, batch: Sequence[tuple[int, Fitted]], images: Sequence[Item]) -> None:
-        values = runner.run(np.stack([image.pixels for _, image in batch]))
-        for row, (index, image) in enumerate(batch):
-            grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
-            logits, features = values["logits"][row], values["features"][row]
-            centrality = of_tokens(values[CENTRALITY][row], grid) if self._policy.centrality else None
-            name = name_of(images, index)
-            self._answer(index, Prediction(name, grid, image.padded_share, logits, features, centrality=centrality))
-
     def _answer(self, index: int, answer: Prediction) -> None:
         if np.isfinite(answer.logits).all():
-            self._rows[index] = answer if self.request.keep_centrality else replace(answer, centrality=None)
-            self.listener.answer(index, answer)
+            self._rows[index] = answer if self._keep_centrality else replace(answer, centrality=None)
+            self._listener.answer(index, answer)
         else:
             self._rows[index] = Failure(answer.file, not_finite(answer.file))
 
+    @contextmanager
+    def _failing(self, indices: Sequence[int], doing: str) -> Iterator[None]:
+        """What goes wrong here is a failure of these images."""
+        try:
+            yield
+        except (InfexportError, MemoryError, OSError) as error:
+            # a new one: what was raised holds on to all that was in memory where it was
+            if isinstance(error, InfexportError):
+                reason = InfexportError(error.summary, error.details, error.hint)
+            elif isinstance(error, OSError):
+                reason = _system_error(error, doing)
+            else:
+                reason = _out_of_memory(doing)
+            self._rows |= {index: Failure(name_of(self._images, index), reason) for index in indices}
 
-def source_of(image: Path | Pixels, bundle: Bundle, request: Request) -> Source:
+    def _tell_unused(self) -> None:
+        """Tell of options that would have had an effect on streamed images, where there were none."""
+        named = self._options.named(("chunk", "tokens"))
+        answers = [row for row in self._rows.values() if isinstance(row, Prediction)]
+        if named and answers and all(row.execution == "whole" for row in answers):
+            self._listener.status(
+                f"no image was streamed: {' and '.join(named)} had no effect; execution stream streams all"
+            )
+
+
+class _Batches:
+    """Groups of at most `size` images of equal shape, holding back no more than 4 batches of images."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._waiting: dict[tuple[int, ...], list[tuple[int, Fitted]]] = defaultdict(list)
+
+    def add(self, index: int, image: Fitted) -> Iterator[list[tuple[int, Fitted]]]:
+        """Add an image; yield the batch that is to be run now, if any."""
+        group = self._waiting[image.pixels.shape]
+        group.append((index, image))
+        if len(group) == self._size:
+            yield self._waiting.pop(image.pixels.shape)
+        elif sum(map(len, self._waiting.values())) >= 4 * self._size:
+            yield self._waiting.pop(max(self._waiting, key=lambda shape: len(self._waiting[shape])))
+
+    def rest(self) -> Iterator[list[tuple[int, Fitted]]]:
+        yield from self._waiting.values()
+
+
+def source_of(image: Path | Pixels, bundle: Bundle, options: InferenceOptions) -> Source:
     """An image as it is asked for.
 
     Raises:
         InfexportError: it cannot be read, or cutting leaves nothing of it.
     """
     rows: Rows
-    if request.size == "native":
+    if options.size == "native":
         rows = open_rows(image) if isinstance(image, Path) else ArrayRows(image)
     else:
-        rows = ArrayRows(resized(_pixels(image), request.size, transform_of(bundle.manifest.preprocessing)))
-    return Source(rows, bundle.manifest.config["patch_size"], request.edge)
+        rows = ArrayRows(resized(_pixels(image), options.size, transform_of(bundle.manifest.preprocessing)))
+    return Source(rows, bundle.manifest.config["patch_size"], options.edge)
 
 
 def _pixels(image: Path | Pixels) -> Pixels:
     return read_image(image) if isinstance(image, Path) else image
 
 
-def _checked(pixels: Pixels) -> Pixels:
-    if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:
-        return pixels
-    received = f"received {pixels.dtype} {list(pixels.shape)}, expected uint8 [height, width, 3]"
-    raise InfexportError("an array that is no image", received)
+def _checked(item: object) -> Path | str | Pixels:
+    """An item that somebody gave, as a file, a URL or pixels.
+
+    Raises:
+        InfexportError: it is none of them.
+    """
+    if isinstance(item, PillowImage.Image):
+        return pixels_of(item, "an image of Pillow")
+    if isinstance(item, np.ndarray):
+        if item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3 and item.size:
+            return item
+        received = f"received {item.dtype} {list(item.shape)}, expected uint8 [height, width, 3]"
+        raise InfexportError("an array that is no image", received)
+    path = os.fspath(item) if isinstance(item, os.PathLike) else item
+    if not isinstance(path, str):
+        raise InfexportError(
+            "an item that is no image",
+            f"received {type(item).__name__}, expected a file, a URL, uint8 [height, width, 3], or an image of Pillow",
+        )
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("it has a NUL character")
+    except ValueError as error:  # halves of surrogate pairs, too
+        raise InfexportError(f"no name of a file: {_text(path)}", str(error)) from error
+    return path if is_url(path) else Path(path)
 
 
-def name_of(images: Sequence[Item], index: int) -> str:
-    """Of an image, for people."""
+def name_of(images: Sequence[Any], index: int) -> str:
+    """The name of an image, for people."""
     item = images[index]
+    if isinstance(item, PillowImage.Image):
+        item = getattr(item, "filename", "")
     if is_url(item):
         return shown(item)
-    # a name that is no UTF-8 must not end the run when it is written
-    return os.fsencode(item).decode("utf-8", "replace") if isinstance(item, Path | str) else f"image {index}"
+    path = os.fspath(item) if isinstance(item, os.PathLike) else item
+    return _text(path) if isinstance(path, str) and path else f"image {index}"
 
 
-def _batches(images: Iterator[tuple[int, Fitted]], batch_size: int) -> Iterator[list[tuple[int, Fitted]]]:
-    """Groups of at most `batch_size` images of equal shape, holding back no more than 4 batches of images."""
-    waiting: dict[tuple[int, ...], list[tuple[int, Fitted]]] = defaultdict(list)
-    for index, image in images:
-        group = waiting[image.pixels.shape]
-        group.append((index, image))
-        if len(group) == batch_size:
-            yield waiting.pop(image.pixels.shape)
-        elif sum(map(len, waiting.values())) >= 4 * batch_size:
-            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
-    yield from waiting.values()
+def _text(path: str) -> str:
+    """A path that can be written in UTF-8: a name that is no UTF-8 must not end the run."""
+    try:
+        return os.fsencode(path).decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return path.encode("utf-8", "replace").decode()
 
 
 def _shapes(batch: Sequence[tuple[int, Fitted]]) -> str:
@@ -329,6 +403,12 @@ def _shapes(batch: Sequence[tuple[int, Fitted]]) -> str:
 
 def _out_of_memory(doing: str) -> InfexportError:
     return InfexportError("not enough memory for an image", doing, "try a smaller --size or --batch-size")
+
+
+def _system_error(error: OSError, doing: str) -> InfexportError:
+    where = f": {error.filename}" if error.filename else ""
+    hint = "check the path, its permissions and the room left on the disk"
+    return InfexportError(f"{error.strerror or error}{where}", doing, hint)
 
 
 def not_finite(file: str) -> InfexportError:

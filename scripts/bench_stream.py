@@ -23,9 +23,10 @@ import make_bigtiff
 import numpy as np
 
 from infexport.bundle import Bundle, open_bundle
-from infexport.execution import Image, Policy, estimates
+from infexport.execution import Image, estimates
 from infexport.machine import cpu_model, usable_cores
 from infexport.measurements import limit_of
+from infexport.options import InferenceOptions
 from infexport.work import work_of
 
 PATCH = 16
@@ -134,8 +135,8 @@ def run(case: Case, bundle: Bundle, image: Path, scratch: Path, memory: int) -> 
     )
     after = gemm(case.precision)
     tokens = (-(-case.side // PATCH)) ** 2 + 1
-    policy = Policy("auto", memory, None, 1024, case.tokens == "float16")
-    predicted = estimates(bundle, policy, Image(tokens, case.side))
+    inference = InferenceOptions(tokens=case.tokens)
+    predicted = estimates(bundle, inference, Image(tokens, case.side))
     way = "whole" if case.way == "plain" else case.way
     work = work_of(bundle.manifest.config, bundle.manifest.folded, tokens)
     limit = limit_of(work, 1, case.precision, {kind: before[kind] + after[kind] for kind in before})

@@ -29,10 +29,10 @@ from bench_stream import Case, make_bundle, measure
 from PIL import Image
 
 from infexport.bundle import Bundle
-from infexport.execution import Policy
 from infexport.machine import cpu_model, usable_cores
+from infexport.options import InferenceOptions
 from infexport.predictions import Prediction
-from infexport.run import Listener, Request
+from infexport.run import Listener
 from infexport.scale.cluster import Workers, connected
 from infexport.scale.shards import predict
 
@@ -139,7 +139,7 @@ def rounds(bundle: Bundle, folder: Path, counts: Sequence[int] = (1, 2, 4, 8, 16
     image = folder / "small.png"
     patch = bundle.manifest.config["patch_size"]
     Image.fromarray(np.zeros((patch * max(counts), patch, 3), np.uint8)).save(image)
-    policy = Policy("stream", 2**30, None, 1024, half=False)
+    options = InferenceOptions(execution="stream", memory=2**30, size="native")
     with connected("local") as ray:
         ray.shutdown()
         ray.init(num_cpus=max(counts), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -147,7 +147,7 @@ def rounds(bundle: Bundle, folder: Path, counts: Sequence[int] = (1, 2, 4, 8, 16
             times = []
             for _ in range(REPEATS):
                 listener = Rounds()
-                (row,) = predict(ray, Workers(count, 1, 0, 2**30), bundle, Request(policy, "native"), [image], listener)
+                (row,) = predict(ray, Workers(count, 1, 0, 2**30), bundle, options, [image], listener)
                 assert isinstance(row, Prediction), row
                 times.append(listener.seconds)
             found[count] = min(times)

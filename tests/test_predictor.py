@@ -15,6 +15,7 @@ from support import ZOO
 from infexport import Predictor
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
+from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction
 from infexport.runners.ort import OrtRunner
 from infexport.synthetic import synthetic_image
@@ -98,12 +99,12 @@ def test_it_is_opened_by_the_first_call_and_once(bundle, monkeypatch):
     monkeypatch.setattr(OrtRunner, "__enter__", lambda self: opened.append(self) or enter(self))
     predictor = Predictor(bundle)
     predictor = pickle.loads(pickle.dumps(predictor))
-    assert "bundle" not in vars(predictor)
+    assert not opened
     first = predictor(DIGITS[:1])
     second = predictor(DIGITS[:1])
     assert len(opened) == 1
     copy = pickle.loads(pickle.dumps(predictor))
-    assert vars(copy).keys() == {"path", "_digest", "_request"}
+    assert vars(copy).keys() == vars(Predictor(bundle)).keys()
     assert np.array_equal(copy(DIGITS[:1])["logits"], first["logits"])
     assert np.array_equal(second["logits"], first["logits"])
     with predictor:
@@ -165,7 +166,7 @@ def test_another_bundle_than_was_asked_for_is_refused(zoo_bundle, infexport, tmp
     assert digest in told
     with pytest.raises(InfexportError, match="another bundle"):
         Predictor(other, digest=digest).predict([])
-    sent = pickle.dumps(Predictor.of(open_bundle(bundle), Predictor(bundle)._request))
+    sent = pickle.dumps(Predictor.of(open_bundle(bundle), InferenceOptions()))
     assert pickle.loads(sent).predict([DIGITS[0]])
     shutil.rmtree(bundle)
     other.rename(bundle)

@@ -76,16 +76,27 @@ def accuracy(
     from infexport.bundle import open_bundle
     from infexport.cli.told import Told
     from infexport.evaluate import SUFFIXES, evaluate
-    from infexport.execution import Policy
     from infexport.labelled import Classes, read_labelled
+    from infexport.options import InferenceOptions
     from infexport.outputs import check_writable
     from infexport.predictions import ELSEWHERE
-    from infexport.run import Request
     from infexport.summary import warnings_of
 
     out = Output(as_json)
     if no_pytorch and checkpoint is not None:
         raise click.UsageError("--checkpoint with --no-pytorch: leave one of the two out")
+    options = InferenceOptions(
+        size=size,
+        edge=edge,
+        execution=execution,
+        memory=memory,
+        chunk=chunk,
+        provider=provider,
+        engine=engine,
+        # streamed, it is PyTorch's
+        batch_size=batch_size if execution != "stream" or no_pytorch else 1,
+        threads=threads,
+    )
     opened = open_bundle(bundle, verify=not no_verify)
     classes = Classes(opened.manifest.config["num_classes"], opened.labels)
     images = read_labelled(data, classes)
@@ -96,9 +107,8 @@ def accuracy(
         out.warning("the bundle was modified since it was converted; the report is of what it is now")
     for line in warnings_of(opened.manifest):
         out.warning(line)
-    request = Request(Policy(execution, memory, None, chunk, False, batch_size), size, edge, provider, engine, threads)
     with out.progress(len(images) * (1 if no_pytorch else 2), "images") as bar:
-        report = evaluate(opened, images, classes, request, Told(out, opened, bar), network, min_top1)
+        report = evaluate(opened, images, classes, options, Told(out, opened, bar), network, min_top1, batch_size)
     if output is not None:
         report.write(output)
         out.status(f"wrote {output}")

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-}
+from infexport.errors import InfexportError
+from infexport.options import MAX_PIXELS_PER_SIDE, MAX_THREADS, parse_bytes, parse_size
 
-
-MOST_PIXELS = 10**8
-"""Along a side: a hundred times what has been run; no number in what follows outgrows 64 bits."""
-
-
-THREADS = click.IntRange(1, 1024)
-"""Each is started, and has a stack."""
+THREADS = click.IntRange(1, MAX_THREADS)
 threads_option = click.option("--threads", type=THREADS, help="Threads of ONNX Runtime.  [default: all cores]")
 
 
@@ -30,16 +19,11 @@ class Bytes(click.ParamType[int]):
 
     name = "SIZE"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
-        unit = next((UNITS[name] for name in UNITS if found and name.lower() == found[2].lower()), None)
-        if found is None or unit is None or not 1 <= float(found[1]) * unit < math.inf:
-            self.fail(
-                f"{value!r} is no amount of memory; expected a number and a unit, such as 4GiB or 800MB", param, ctx
-            )
-        return int(float(found[1]) * unit)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return parse_bytes(value)
+        except InfexportError as error:
+            self.fail(f"{error.summary}; {error.details}", param, ctx)
 
 
 class Sizes(click.ParamType[list[tuple[int, int]]]):
@@ -57,7 +41,7 @@ class Sizes(click.ParamType[list[tuple[int, int]]]):
                 size = int(height), int(width or height)
             except ValueError:
                 size = (0, 0)
-            if not 1 <= min(size) <= max(size) <= MOST_PIXELS:
+            if not 1 <= min(size) <= max(size) <= MAX_PIXELS_PER_SIDE:
                 self.fail(f"{part!r} is no size; expected N or HEIGHTxWIDTH, such as 224,512x384", param, ctx)
             sizes.append(size)
         return sizes
@@ -68,12 +52,11 @@ class Size(click.ParamType[str | int]):
 
     name = "trained|native|N"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        if value in ("trained", "native") or isinstance(value, int):
-            return value
-        if value.isascii() and value.isdecimal() and len(value) < 10 and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r} is neither trained, native nor a number of pixels", param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return parse_size(value)
+        except InfexportError as error:
+            self.fail(error.summary, param, ctx)
 
 
 class Numbers(click.ParamType[list[int]]):

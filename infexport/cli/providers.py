@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "engine")
-
+from infexport.options import PROVIDERS
 
 HELP = "Where it must run: a provider of ONNX Runtime, or engines of build-engine. Another is an error."
 

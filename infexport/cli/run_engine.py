@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,7 @@ from infexport.cli.providers import engine_option, provider_option
 from infexport.errors import InfexportError
 
 if TYPE_CHECKING:
-    from infexport.bundle import Bundle
-    from infexport.heatmaps import Detail
-    from infexport.predictions import Prediction
-    from infexport.run import Request
+    from infexport.predictions import CentralityFile, Prediction, Results
 
 EXECUTIONS = ("auto", "whole", "stream")
 DETAILS = ("mean", "layers", "heads")
@@ -90,7 +87,7 @@ def run_engine(
     execution: Any,
     memory: int | None,
     chunk: int | None,
-    tokens: str,
+    tokens: Any,
     scratch: Path | None,
     clean: bool,
     provider: str,
@@ -110,26 +107,25 @@ def run_engine(
     """
     from infexport.bundle import open_bundle
     from infexport.cli.told import Told
-    from infexport.execution import Policy
+    from infexport.heatmaps import HeatmapWriter
     from infexport.machine import cache_folder
-    from infexport.predictions import Results, check_output
+    from infexport.options import InferenceOptions
+    from infexport.outputs import check_apart
+    from infexport.predictions import CentralityFile, Results, check_output
     from infexport.predictor import Predictor
     from infexport.remote import find
-    from infexport.run import Request
     from infexport.stream import scratch as scratches
     from infexport.summary import warnings_of
 
     out = Output(as_json)
     if features and not (output or as_json):
         raise click.UsageError("--features needs --output FILE or --json: there is nowhere to write them")
-    if centrality and (output is None or output.suffix != ".npz"):
+    if centrality and (output is None or output.suffix.lower() != ".npz"):
         raise click.UsageError("--centrality needs --output FILE.npz: it is too much for text")
     if heatmap_detail is not None and heatmaps is None:
         raise click.UsageError("--heatmap-detail needs --heatmaps DIR: there is nowhere to draw")
     if not images and not clean:
         raise click.UsageError("missing argument 'IMAGES...': files, folders or URLs")
-    if scratch is not None and execution == "whole":
-        raise click.UsageError("--scratch is for streaming: leave out --execution whole")
     if address is None and (shard_image or workers):
         raise click.UsageError("--shard-image and --workers are of --ray")
     if address is not None and (heatmaps or centrality):
@@ -138,6 +134,21 @@ def run_engine(
         raise click.UsageError(
             "--shard-image streams, with tokens in memory: leave out --scratch and --execution whole"
         )
+    options = InferenceOptions(
+        size=size,
+        edge=edge,
+        execution="stream" if shard_image else execution,
+        memory=memory,
+        chunk=chunk,
+        tokens=tokens,
+        scratch=scratch,
+        provider=provider,
+        engine=engine,
+        batch_size=batch_size,
+        threads=threads,
+        centrality=centrality or heatmaps is not None,
+        drawing=heatmaps is not None,
+    )
     opened = open_bundle(bundle, digest=digest)
     if clean:
         out.status(f"freed {scratches.clean(scratch or cache_folder()) / 1e9:.2f} GB")
@@ -146,76 +157,60 @@ def run_engine(
     files = find(images)
     if output is not None:
         check_output(output)
+        check_apart({output: "output"}, files, "choose another --output")
     warnings = warnings_of(opened.manifest)
     for line in warnings:
         out.warning(line)
-    mapped = centrality or heatmaps is not None
-    policy = Policy(execution, memory, scratch, chunk, tokens == "float16", batch_size, mapped)
-    request = Request(policy, size, edge, provider, engine, threads, centrality)
-    undrawn: list[InfexportError] = []
-    draw = None if heatmaps is None else _drawing(opened, files, request, heatmaps, heatmap_detail or "mean", undrawn)
-    with out.progress(len(files), "images") as bar:
-        told = Told(out, opened, bar, mapped, draw)
-        if address is None:
-            with Predictor.of(opened, request) as predictor:
-                rows = predictor.predict(files, told)
-        else:
-            from infexport.scale import scaled
+    pictures = None if heatmaps is None else HeatmapWriter(opened, files, size, heatmaps, heatmap_detail or "mean")
+    with ExitStack() as stack:
+        numbers = stack.enter_context(closing(CentralityFile(output))) if centrality and output else None
+        sinks = [sink.take for sink in (pictures, numbers) if sink is not None]
+        with out.progress(len(files), "images") as bar:
+            told = Told(out, opened, bar, options.centrality, sinks)
+            if address is None:
+                with Predictor.of(opened, options) as predictor:
+                    rows = predictor.predict(files, told, keep_centrality=False)
+            else:
+                from infexport.scale import scaled
 
-            rows = scaled(address, workers, shard_image, opened, request, files, told)
-    config = opened.manifest.config
-    shape = config["num_classes"], config["embed_dim"]
-    results = Results(rows, opened.labels, warnings, top_k, features, shape, centrality)
-    if output is not None:
-        results.write(output)
-        out.status(f"wrote {output}")
-    if heatmaps is not None:
-        out.status(f"wrote {len(results.predictions) - len(undrawn)} heat maps to {heatmaps}")
+                rows = scaled(address, workers, shard_image, opened, options, files, told)
+        config = opened.manifest.config
+        shape = config["num_classes"], config["embed_dim"]
+        results = Results(rows, opened.labels, warnings, top_k, features, shape)
+        unwritten: InfexportError | None = None
+        try:
+            _show(out, results)  # first: what follows may fail
+        finally:
+            if output is not None:
+                unwritten = _write(out, results, output, numbers)
+    if pictures is not None:
+        out.status(f"wrote {pictures.drawn} heat maps to {heatmaps}")
+    undrawn = pictures.failed if pictures else []
+    for error in [*(failure.error for failure in results.failures), *undrawn, *([unwritten] if unwritten else [])]:
+        out.error(error)
+    raise click.exceptions.Exit(2 if unwritten else 1 if results.failures or undrawn else 0)
+
+
+def _show(out: Output, results: Results) -> None:
     for answer in results.predictions:
         out.data(answer.file + _remarks(answer))
-        for top in answer.top_k(top_k, results.labels):
+        for top in answer.top_k(results.top_k, results.labels):
             out.data(f"  {top['probability']:7.2%}  {top['label']}")
     out.document(results.to_dict())
-    for error in [*(failure.error for failure in results.failures), *undrawn]:
-        out.error(error)
-    raise click.exceptions.Exit(1 if results.failures or undrawn else 0)
 
 
-def _drawing(
-    bundle: Bundle,
-    files: Sequence[Path | str],
-    request: Request,
-    folder: Path,
-    detail: Detail,
-    undrawn: list[InfexportError],
-) -> Callable[[int, Prediction], None]:
-    """What draws the heat map of an answer, and adds to `undrawn` why it cannot."""
-    from infexport import heatmaps
-    from infexport.extras import require
-    from infexport.remote import at_hand, shown
-    from infexport.transform import transform_of
+def _write(out: Output, results: Results, output: Path, numbers: CentralityFile | None) -> InfexportError | None:
+    """Write the output; or, where that fails, keep a copy elsewhere and return why."""
+    from infexport.predictions import keep_elsewhere
 
-    require("matplotlib", extra="plot")
-    heatmaps.check_folder(folder)
-    names = heatmaps.names_of([file if isinstance(file, Path) else Path(shown(file)) for file in files])
-    patch = bundle.manifest.config["patch_size"]
-    transform = transform_of(bundle.manifest.preprocessing)
-
-    def draw(index: int, answer: Prediction) -> None:
-        assert answer.centrality is not None, "asked for"
-        (top,) = answer.top_k(1, bundle.labels)
-        title = f"{Path(answer.file).stem}: {top['label']}, {top['probability']:.1%}"
-        try:
-            with at_hand(files[index]) as file:
-                pixels, image = heatmaps.overview(file)
-            extent = heatmaps.region(image, answer.grid, patch, request.size, transform)
-            figure = heatmaps.figure_of(answer.centrality, pixels, image, extent, title, detail)
-            heatmaps.save(figure, folder / f"{names[index]}.png")
-            figure.clear()  # its parts hold each other: Python would look for them only now and then
-        except InfexportError as error:  # the answer is none the worse for it
-            undrawn.append(error)
-
-    return draw
+    try:
+        results.write(output) if numbers is None else numbers.write(results)
+        out.status(f"wrote {output}")
+        return None
+    except InfexportError as error:
+        copy = keep_elsewhere(output, results)
+        kept = f"the answers{' without centrality' if numbers else ''} are in {copy}" if copy else error.hint
+        return InfexportError(error.summary, error.details, kept)
 
 
 def _remarks(answer: Prediction) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from infexport.bundle import Bundle
@@ -21,7 +21,7 @@ class Told(Listener):
         bundle: that is run.
         bar: of the images, with an `update(n)`.
         centrality: of tokens is asked for.
-        draw: given every answer, and the index of its image.
+        sinks: each is given every answer, and the index of its image.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class Told(Listener):
         bundle: Bundle,
         bar: Any,
         centrality: bool = False,
-        draw: Callable[[int, Prediction], None] | None = None,
+        sinks: Sequence[Callable[[int, Prediction], None]] = (),
     ) -> None:
-        self._out, self._bar, self._draw = out, bar, draw
+        self._out, self._bar, self._sinks = out, bar, sinks
         stages = stages_of(bundle.manifest.stages or (), centrality)
         self._sweeps = Sweeps(out, [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in stages])
         self._remarked: set[str] = set()
@@ -41,8 +41,8 @@ class Told(Listener):
         self._bar.update(done)
 
     def answer(self, index: int, answer: Prediction) -> None:
-        if self._draw is not None:
-            self._draw(index, answer)
+        for sink in self._sinks:
+            sink(index, answer)
 
     def status(self, message: str) -> None:
         self._out.status(message)

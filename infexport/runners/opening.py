@@ -8,6 +8,7 @@ from infexport.bundle import ENGINES, Bundle
 from infexport.engines import STATES, EngineSet, Kind, choose
 from infexport.errors import InfexportError
 from infexport.manifest import CENTRALITY_MODEL
+from infexport.options import check_engine
 from infexport.runners import Deployed, Stages
 from infexport.runners.ort import OrtRunner, OrtStages, candidates, import_onnxruntime
 from infexport.runners.trt import EngineRunner, EngineStages
@@ -41,12 +42,7 @@ class Opening:
         self.bundle, self.threads, self._engine, self._centrality = bundle, threads, engine, centrality
         self.notes: list[str] = []
         self._provider = "engine" if engine is not None and provider == "auto" else provider
-        if engine is not None and self._provider != "engine":
-            raise InfexportError(
-                f"--engine {engine} with --provider {provider}",
-                "engines are run by --provider engine, or auto",
-                "leave one of the two out",
-            )
+        check_engine(provider, engine)
 
     @cached_property
     def engines(self) -> dict[Kind, EngineSet]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
+from infexport.options import InferenceOptions
 from infexport.predictions import Row
 from infexport.predictor import Predictor
-from infexport.run import Listener, Request, name_of
+from infexport.run import Listener, name_of
 from infexport.scale import images as many
 from infexport.scale import shards
 from infexport.scale.cluster import connected, workers_of
@@ -21,7 +22,7 @@ def scaled(
     count: int | None,
     shard_image: bool,
     bundle: Bundle,
-    request: Request,
+    options: InferenceOptions,
     images: Sequence[Path | str],
     listener: Listener,
 ) -> list[Row]:
@@ -32,7 +33,7 @@ def scaled(
         count: of workers, as of `cluster.workers_of`.
         shard_image: all workers run each image together; otherwise each runs images of its own.
         bundle: opened here; the workers open it at the same path.
-        request: what is asked for; `memory` and `threads` are of each worker.
+        options: of the run; `memory` and `threads` are of each worker.
         images: files that the workers can read, at the same paths, or URLs.
         listener: told of it.
 
@@ -42,7 +43,7 @@ def scaled(
     # of files, too: a worker's current folder is another
     bundle = replace(bundle, path=bundle.path.absolute())
     named = [image.absolute() if isinstance(image, Path) else image for image in images]
-    scratch = request.policy.scratch and request.policy.scratch.absolute()
+    scratch = options.scratch and options.scratch.absolute()
     if address.startswith("ray://") and not shard_image:
         raise InfexportError(
             f"many images cannot be handed out through {address}",
@@ -50,17 +51,16 @@ def scaled(
             "run this on a node of the cluster, with --ray auto, or by: ray job submit",
         )
     with connected(address) as ray:
-        workers = workers_of(ray, count, request.threads, shard_image)
+        workers = workers_of(ray, count, options.threads, shard_image)
         listener.status(f"{workers.count} Ray workers of {workers.threads} cores each")
         free, needed = ray.available_resources().get("CPU", 0), workers.count * workers.threads
         if free < needed:
             listener.status(f"waiting for cores: {free:.0f} of the cluster's are free, {needed} needed")
-        memory = request.policy.memory or workers.memory
-        policy = replace(request.policy, memory=memory, scratch=scratch)
-        request = replace(request, threads=workers.threads, policy=policy)
+        memory = options.memory or workers.memory
+        options = replace(options, memory=memory, scratch=scratch, threads=workers.threads)
         if shard_image:
-            rows = shards.predict(ray, workers, bundle, request, named, listener)
+            rows = shards.predict(ray, workers, bundle, options, named, listener)
         else:
-            predictor = Predictor.of(bundle, request)
-            rows = many.predict(ray, workers, predictor, named, request.policy.batch, listener)
+            predictor = Predictor.of(bundle, options)
+            rows = many.predict(ray, workers, predictor, named, options.batch_size, listener)
     return [replace(row, file=name_of(images, index)) for index, row in enumerate(rows)]

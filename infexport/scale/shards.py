@@ -15,9 +15,10 @@ from infexport import memory
 from infexport.bundle import Bundle, open_bundle
 from infexport.errors import InfexportError
 from infexport.execution import no_stages, size_text
+from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction, Row
 from infexport.remote import at_hand
-from infexport.run import Listener, Request, name_of, not_finite, source_of
+from infexport.run import Listener, name_of, not_finite, source_of
 from infexport.runners import Stages
 from infexport.runners.opening import Opening
 from infexport.scale.cluster import Workers, last_line
@@ -37,11 +38,11 @@ class Worker:
     Args:
         bundle: the folder.
         digest: of the bundle that all workers run.
-        request: what is asked for.
+        options: of the run.
     """
 
-    def __init__(self, bundle: Path, digest: str, request: Request) -> None:
-        self._path, self._digest, self._request = bundle, digest, request
+    def __init__(self, bundle: Path, digest: str, options: InferenceOptions) -> None:
+        self._path, self._digest, self._options = bundle, digest, options
         self._bundle: Bundle | None = None
         self._stages: Stages | None = None
         self._sessions = ExitStack()
@@ -61,10 +62,10 @@ class Worker:
         Raises:
             InfexportError: they cannot be opened here.
         """
-        request = self._request
-        opening = Opening(self._opened, request.provider, request.engine, request.threads)
+        options = self._options
+        opening = Opening(self._opened, options.provider, options.engine, options.threads)
         self._stages = self._sessions.enter_context(opening.stages())
-        self._chunk = opening.chunk(request.policy.chunk)
+        self._chunk = opening.chunk(options.chunk)
         return self._stages.provider, self._stages.precision, opening.notes, self._chunk
 
     def take(self, image: Path | str, rows: range) -> None:
@@ -77,20 +78,20 @@ class Worker:
         if self._stages is None:  # this worker is in another's place
             self.open()
         assert self._stages is not None, "opened"
-        bundle, policy = self._opened, self._request.policy
+        bundle, options = self._opened, self._options
         source = self._source(image)
         chunk, patch = self._chunk, bundle.manifest.config["patch_size"]
         needed = source.rows.loaded + memory.streamed(
-            bundle.manifest, len(rows), source.grid[1] * patch, chunk, policy.half, False, False
+            bundle.manifest, len(rows), source.grid[1] * patch, chunk, options.half, False, False
         )
-        if policy.memory is not None and needed > policy.memory:
+        if options.memory is not None and needed > options.memory:
             raise InfexportError(
-                f"a shard of {len(rows):,} tokens does not fit into {size_text(policy.memory)}",
+                f"a shard of {len(rows):,} tokens does not fit into {size_text(options.memory)}",
                 f"it needs about {size_text(needed)}",
                 "use more --workers, on more machines, or --tokens float16",
             )
         stages = stages_of(bundle.manifest.stages or (), centrality=False)
-        self._shard = Shard(bundle.manifest.config, stages, self._stages, source, rows, chunk, policy.half)
+        self._shard = Shard(bundle.manifest.config, stages, self._stages, source, rows, chunk, options.half)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the shard."""
@@ -123,7 +124,7 @@ class Worker:
             self.leave()
             file = self._image.enter_context(at_hand(image))
             self._file = image, file
-        return source_of(file, self._opened, self._request)
+        return source_of(file, self._opened, self._options)
 
     @property
     def _opened(self) -> Bundle:
@@ -139,12 +140,12 @@ class RayTeam:
         ray: connected.
         workers: of the cluster; each is an actor.
         bundle: which lies at the same path for all.
-        request: as of `Worker`.
+        options: as of `Worker`.
     """
 
-    def __init__(self, ray: ModuleType, workers: Workers, bundle: Bundle, request: Request) -> None:
+    def __init__(self, ray: ModuleType, workers: Workers, bundle: Bundle, options: InferenceOptions) -> None:
         self._ray, self._workers, self.count = ray, workers, workers.count
-        self._arguments = bundle.path, bundle.manifest.digest, request
+        self._arguments = bundle.path, bundle.manifest.digest, options
         asking = ray.method(concurrency_group="asking")
         actor = type("InfexportShard", (Worker,), {"done": asking(Worker.done)})
         self._class = ray.remote(concurrency_groups={"asking": 1})(actor)
@@ -262,7 +263,7 @@ def predict(
     ray: ModuleType,
     workers: Workers,
     bundle: Bundle,
-    request: Request,
+    options: InferenceOptions,
     images: Sequence[Path | str],
     listener: Listener,
 ) -> list[Row]:
@@ -272,7 +273,7 @@ def predict(
         ray: connected.
         workers: of the cluster.
         bundle: which lies at the same path for all.
-        request: what is asked for; `memory` and `threads` are of each worker.
+        options: of the run; `memory` and `threads` are of each worker.
         images: files that they can read, or URLs.
         listener: told of it.
 
@@ -282,7 +283,7 @@ def predict(
     if bundle.manifest.stages is None:
         raise no_stages()
     rows: list[Row] = []
-    with closing(RayTeam(ray, workers, bundle, request)) as team:
+    with closing(RayTeam(ray, workers, bundle, options)) as team:
         try:
             provider, precision, notes, chunk = team.open(listener.status)
         except Lost as error:
@@ -293,7 +294,7 @@ def predict(
         for index, image in enumerate(images):
             name = name_of(images, index)
             try:
-                rows.append(_predict(team, bundle, request, chunk, image, name, listener))
+                rows.append(_predict(team, bundle, options, chunk, image, name, listener))
             except InfexportError as error:
                 rows.append(Failure(name, error))
             except Lost:
@@ -303,7 +304,13 @@ def predict(
 
 
 def _predict(
-    team: RayTeam, bundle: Bundle, request: Request, chunk: int, image: Path | str, name: str, listener: Listener
+    team: RayTeam,
+    bundle: Bundle,
+    options: InferenceOptions,
+    chunk: int,
+    image: Path | str,
+    name: str,
+    listener: Listener,
 ) -> Prediction:
     grid, padded_share = team.look(image)
     team.take(image, rows_of(grid, team.count))
@@ -316,7 +323,7 @@ def _predict(
     logits, features = outputs["logits"][0], outputs["features"][0]
     if not np.isfinite(logits).all():
         raise not_finite(name)
-    kept = f"tokens in memory{' in float16' if request.policy.half else ''}"
+    kept = f"tokens in memory{' in float16' if options.half else ''}"
     execution = f"stream, {team.count} shards, {kept}"
     return Prediction(
         name, grid, padded_share, logits, features, execution, max((error for _, error in facts), default=0.0)

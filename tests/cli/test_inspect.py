@@ -14,7 +14,8 @@ from infexport import anatomy, extras
 from infexport.bundle import open_bundle, sha256
 from infexport.cli.sections import _takes
 from infexport.digest import sealed
-from infexport.execution import Image, Policy, estimates
+from infexport.execution import Image, estimates
+from infexport.options import InferenceOptions
 from infexport.stream import stores
 from infexport.stream.stores import FileStore
 from infvit.config import SIZES
@@ -139,7 +140,7 @@ def test_memory_is_what_decides_how_an_image_is_run(name, golden_bundle):
     for each in found:
         assert each.tokens == (each.height // patch) * (each.width // patch) + 1
         image = Image(each.tokens, each.width)
-        assert each.memory == estimates(opened, Policy("auto", GIB, None, None, False), image)
+        assert each.memory == estimates(opened, InferenceOptions(), image)
     ways = [each.auto for each in found]
     assert ways[0] == "whole"
     assert "memory" in ways

@@ -130,7 +130,7 @@ def test_a_bundle_without_stages(infexport, golden_bundle, photograph):
         (("--memory", "lots"), "no amount of memory"),
         (("--memory", "0GiB"), "no amount of memory"),
         (("--chunk", "0"), "x>=1"),
-        (("--execution", "whole", "--scratch", "."), "--scratch is for streaming"),
+        (("--execution", "whole", "--scratch", "."), "scratch would be ignored: execution is whole"),
     ],
 )
 def test_wrong_usage(arguments, words, infexport, bundle, photograph):
@@ -156,13 +156,13 @@ def test_a_truncated_image_is_one_error_and_leaves_nothing(infexport, bundle, sc
 def test_a_failure_holds_on_to_nothing(bundle, scene, tmp_path):
     """An error's traceback would keep the tokens of the image that failed in memory."""
     from infexport.bundle import open_bundle
-    from infexport.execution import Policy
-    from infexport.run import Request, Run
+    from infexport.options import InferenceOptions
+    from infexport.run import Run
 
     content = scene.read_bytes()
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
-    request = Request(Policy("stream", 10**10, None, 1024, half=False), "native")
-    (failure,) = Run(open_bundle(bundle), request)([tmp_path / "cut.tif"])
+    options = InferenceOptions(execution="stream", memory=10**10, size="native")
+    (failure,) = Run(open_bundle(bundle), options)([tmp_path / "cut.tif"])
     assert "damaged or truncated" in failure.error.summary
     assert failure.error.__traceback__ is failure.error.__cause__ is failure.error.__context__ is None
 

@@ -20,10 +20,10 @@ from support import relative_error
 
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.execution import Policy
+from infexport.options import InferenceOptions
 from infexport.predictions import Failure
 from infexport.predictor import Predictor
-from infexport.run import Listener, Request
+from infexport.run import Listener
 from infexport.scale import scaled
 from infexport.scale.cluster import Workers
 from infexport.scale.images import PART, part_size, predict
@@ -184,10 +184,9 @@ def test_what_ran_is_told(ray, infexport, golden_bundle, digits):
 def test_what_a_run_says_of_an_image_is_kept(ray, bundle, digits):
     """Every field of a row, the error of rounding, too."""
     files = [min(digits.iterdir()), digits / "gone.png"]
-    policy = Policy("stream", None, None, 64, half=True)
-    request = Request(policy, "native", threads=1)
-    expected = Predictor.of(open_bundle(bundle), request).predict(files)
-    row, failure = scaled("local", 1, False, open_bundle(bundle), request, files, Listener())
+    options = InferenceOptions(execution="stream", chunk=64, tokens="float16", size="native", threads=1)
+    expected = Predictor.of(open_bundle(bundle), options).predict(files)
+    row, failure = scaled("local", 1, False, open_bundle(bundle), options, files, Listener())
     for name in ("file", "grid", "padded_share", "execution", "rounding"):
         assert getattr(row, name) == getattr(expected[0], name), name
     assert row.rounding > 0
@@ -214,9 +213,9 @@ def test_a_pipeline_of_one_s_own(ray, bundle, digits):
 
 
 def test_many_images_by_ray_s_client(bundle, digits):
-    request = Request(Policy("auto", None, None, None, half=False))
+    options = InferenceOptions()
     with pytest.raises(InfexportError, match="many images cannot be handed out through ray://head:10001"):
-        scaled("ray://head:10001", None, False, open_bundle(bundle), request, [min(digits.iterdir())], Listener())
+        scaled("ray://head:10001", None, False, open_bundle(bundle), options, [min(digits.iterdir())], Listener())
 
 
 def test_workers_that_cannot_open_the_bundle(ray, bundle, digits, tmp_path):
@@ -226,9 +225,9 @@ def test_workers_that_cannot_open_the_bundle(ray, bundle, digits, tmp_path):
 
 
 def test_more_workers_than_cores(ray, bundle, digits):
-    request = Request(Policy("auto", None, None, None, half=False))
+    options = InferenceOptions()
     with pytest.raises(InfexportError, match="no place for 1000 workers of 1 cores each") as caught:
-        scaled("local", 1000, False, open_bundle(bundle), request, sorted(digits.iterdir())[:1], Listener())
+        scaled("local", 1000, False, open_bundle(bundle), options, sorted(digits.iterdir())[:1], Listener())
     assert caught.value.details.startswith("the cluster has ")
 
 

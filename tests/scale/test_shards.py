@@ -18,9 +18,9 @@ from support import relative_error
 
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.execution import Policy
+from infexport.options import InferenceOptions
 from infexport.predictions import Failure
-from infexport.run import Listener, Request, Run
+from infexport.run import Listener, Run
 from infexport.scale import scaled
 from infexport.synthetic import synthetic_image
 
@@ -39,15 +39,15 @@ def bundle(request, golden_bundle):
     return open_bundle(golden_bundle(request.param))
 
 
-def request_of(chunk=256):
-    return Request(Policy("stream", None, None, chunk, half=False), "native", threads=1)
+def options_of(chunk=256):
+    return InferenceOptions(execution="stream", chunk=chunk, size="native", threads=1)
 
 
 def test_the_answer_of_one(ray, bundle, scene, tmp_path):
     Image.fromarray(tifffile.imread(scene)[:300, :500]).save(tmp_path / "part.png")
     files = [scene, tmp_path / "part.png"]
-    expected = Run(bundle, request_of())(files)
-    found = scaled("local", 2, True, bundle, request_of(), files, Listener())
+    expected = Run(bundle, options_of())(files)
+    found = scaled("local", 2, True, bundle, options_of(), files, Listener())
     for row, other in zip(found, expected, strict=True):
         assert (row.file, row.grid, row.padded_share) == (other.file, other.grid, other.padded_share)
         assert relative_error(row.logits, other.logits) <= 1e-5
@@ -73,9 +73,9 @@ class Killer(Listener):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_worker_that_is_killed_changes_no_bit(ray, bundle, scene, processes, stage):
-    (expected,) = scaled("local", 2, True, bundle, request_of(), [scene], Listener())
+    (expected,) = scaled("local", 2, True, bundle, options_of(), [scene], Listener())
     killer = Killer(processes, stage)
-    (found,) = scaled("local", 2, True, bundle, request_of(), [scene], killer)
+    (found,) = scaled("local", 2, True, bundle, options_of(), [scene], killer)
     assert np.array_equal(found.logits, expected.logits)
     assert np.array_equal(found.features, expected.features)
     assert any("was lost" in message for message in killer.messages)
@@ -86,7 +86,7 @@ def test_an_image_that_fails_does_not_stop_the_others(ray, bundle, scene, tmp_pa
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
     Image.fromarray(synthetic_image(8, 300)).save(tmp_path / "flat.png")
     files = [tmp_path / "cut.tif", tmp_path / "flat.png", scene]
-    cut, flat, good = scaled("local", 2, True, bundle, request_of(), files, Listener())
+    cut, flat, good = scaled("local", 2, True, bundle, options_of(), files, Listener())
     assert isinstance(cut, Failure)
     assert "damaged or truncated" in cut.error.summary
     assert "2 shards of an image with 1 rows of patches" in flat.error.summary
@@ -95,16 +95,16 @@ def test_an_image_that_fails_does_not_stop_the_others(ray, bundle, scene, tmp_pa
 
 
 def test_a_shard_that_does_not_fit(ray, bundle, scene):
-    request = Request(Policy("stream", 2**20, None, None, half=False), "native", threads=1)
-    (row,) = scaled("local", 2, True, bundle, request, [scene], Listener())
+    options = InferenceOptions(execution="stream", memory=2**20, size="native", threads=1)
+    (row,) = scaled("local", 2, True, bundle, options, [scene], Listener())
     assert re.match(r"a shard of [\d,]+ tokens does not fit into 1MiB", row.error.summary)
     assert "more --workers" in row.error.hint
 
 
 def test_a_bundle_that_cannot_be_run_is_no_image_s_failure(ray, bundle, scene):
-    request = Request(Policy("stream", None, None, None, half=False), "native", provider="engine", threads=1)
+    options = InferenceOptions(execution="stream", size="native", provider="engine", threads=1)
     with pytest.raises(InfexportError, match="engine"):
-        scaled("local", 2, True, bundle, request, [scene, scene], Listener())
+        scaled("local", 2, True, bundle, options, [scene, scene], Listener())
 
 
 def test_a_copy_of_what_was_fetched_is_deleted(ray, bundle, scene):
@@ -112,7 +112,7 @@ def test_a_copy_of_what_was_fetched_is_deleted(ray, bundle, scene):
         return set(Path(tempfile.gettempdir()).glob("infexport-*/image*"))
 
     before = left()
-    (row,) = scaled("local", 2, True, bundle, request_of(), [f"file://{scene}"], Listener())
+    (row,) = scaled("local", 2, True, bundle, options_of(), [f"file://{scene}"], Listener())
     assert not isinstance(row, Failure)
     assert left() == before
 
@@ -125,7 +125,7 @@ def test_lack_of_memory_is_the_image_s_failure(ray, bundle, scene, monkeypatch):
 
     monkeypatch.setattr(Worker, "take", take)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    (row,) = scaled("local", 1, True, bundle, request_of(), [scene], Listener())
+    (row,) = scaled("local", 1, True, bundle, options_of(), [scene], Listener())
     assert row.error.summary == "a worker has not enough memory"
 
 
@@ -147,14 +147,14 @@ def test_the_paper_s_model_at_9216(infexport, ray, measure_scale, processes, tmp
 
     bundle, scene = make_bundle(Case("linear", "fp32", 9216, "memory"), tmp_path), tmp_path / "scene.tif"
     write(scene, 9216, 9216, photographs([]))
-    request = request_of(None)
-    (alone,) = Run(bundle, request)([scene])
+    options = options_of(None)
+    (alone,) = Run(bundle, options)([scene])
     told = Killer(processes, stage=-1)
-    (together,) = scaled("local", 2, True, bundle, request, [scene], told)
+    (together,) = scaled("local", 2, True, bundle, options, [scene], told)
     assert relative_error(together.logits, alone.logits) <= 1e-5
     (message,) = (message for message in told.messages if "exchanged" in message)
     assert f"{measure_scale.sums_bytes(bundle.manifest.config, 2):,} bytes of sums and 0 of tokens" in message
     killer = Killer(processes, stage=5)
-    (mended,) = scaled("local", 2, True, bundle, request, [scene], killer)
+    (mended,) = scaled("local", 2, True, bundle, options, [scene], killer)
     assert killer.killed is not None
     assert np.array_equal(mended.logits, together.logits)

@@ -17,10 +17,9 @@ from PIL import Image, features
 from hostile.cases import Case
 from hostile.mutate import INTERESTING, interesting, mutate_bytes
 from infexport.errors import InfexportError
-from infexport.execution import Policy
+from infexport.options import InferenceOptions
 from infexport.predictions import Failure
 from infexport.predictor import Predictor
-from infexport.run import Request
 
 FORMATS = {
     "PNG": ".png",
@@ -118,8 +117,8 @@ def _predicted(case: Case, file: Path, size: Any) -> int:
     streamed = case.chance.random() < 0.4
 
     def open_predictor() -> Predictor:
-        policy = Policy("stream" if streamed else "auto", None, None, None, False, 1)
-        return Predictor.of(case.seeds.opened, Request(policy, size, threads=1))
+        options = InferenceOptions(execution="stream" if streamed else "auto", size=size, threads=1)
+        return Predictor.of(case.seeds.opened, options)
 
     predictor = case.seeds.once(f"predictor {size} {streamed}", open_predictor)
     (row,) = case.reads(lambda: predictor.predict([file]))

@@ -14,9 +14,9 @@ from hostile.cases import Case
 from hostile.doors.folder import remove
 from hostile.mutate import INTERESTING, mutate_bytes, mutate_json
 from hostile.seeds import copy_tree
-from infexport.execution import Policy
+from infexport.options import InferenceOptions
 from infexport.predictor import Predictor
-from infexport.run import Listener, Request
+from infexport.run import Listener
 
 
 class Interrupting(Listener):
@@ -30,9 +30,9 @@ class Interrupting(Listener):
 def interrupted(case: Case) -> Path:
     root = case.seeds.folder / "interrupted"
     if not root.exists():
-        request = Request(Policy("stream", None, root, 16, False, 1), "native", threads=1)
+        options = InferenceOptions(execution="stream", scratch=root, chunk=16, size="native", threads=1)
         with suppress(KeyboardInterrupt):
-            Predictor.of(case.seeds.opened, request).predict([case.seeds.image], Interrupting())
+            Predictor.of(case.seeds.opened, options).predict([case.seeds.image], Interrupting())
     return root
 
 
