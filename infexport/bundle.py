@@ -16,7 +16,17 @@ from infexport.atomic import PREFIX, create_folder, recover
 from infexport.digest import DIGEST
 from infexport.errors import InfexportError
 from infexport.inputs import json_of, read_small
-from infexport.manifest import FILE, LABELS, MODEL, Manifest, load_manifest, read_manifest, read_sealed, write_manifest
+from infexport.manifest import (
+    FILE,
+    LABELS,
+    MODEL,
+    Manifest,
+    check_outside_bundles,
+    load_manifest,
+    read_manifest,
+    read_sealed,
+    write_manifest,
+)
 
 T = TypeVar("T")
 ENGINES = "engines"
@@ -237,8 +247,9 @@ def create_bundle(path: Path, force: bool = False) -> AbstractContextManager[Pat
         force: replace a bundle that is there already.
 
     Raises:
-        InfexportError: something is there already, or the place cannot be written to.
+        InfexportError: something is there already, or the place is in a bundle or cannot be written to.
     """
+    check_outside_bundles(path, "output")
     recover(path / ENGINES)
     return create_folder(path, lambda: _steadily(path, lambda: _check_free(path, force)))
 

@@ -61,7 +61,22 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         except OSError as error:
             hint = "check the spelling of the path and that you may read it"
             raise InfexportError(f"cannot find images: {path}", error.strerror or str(error), hint) from error
-    return list(found.values())
+    return _without_drawn(list(found.values()))
+
+
+def _without_drawn(files: list[Path]) -> list[Path]:
+    """Leave out the heat maps of earlier runs, and say so."""
+    drawn = {file for file in files if is_drawn(file)}
+    left = [file for file in files if file not in drawn]
+    if drawn and not left:
+        raise InfexportError(
+            "no images, only heat maps that infexport drew",
+            f"received {len(drawn)}, such as {min(drawn)}",
+            "name the images that they are of",
+        )
+    if drawn:
+        log.warning("left out %d heat maps that infexport drew, such as %s", len(drawn), min(drawn))
+    return left
 
 
 DRAWN_BY = "infexport heat map"

@@ -266,7 +266,18 @@ _CHECKS = {
 """Field → whether its value is one the tool can work with."""
 
 
-def enclosing_bundle(path: Path) -> Path | None:
-    """The bundle that a place is in, by whatever links; None where it is in none."""
-    parents = Path(os.path.realpath(path)).parents
-    return next((folder for folder in parents if (folder / FILE).is_file() and (folder / MODEL).is_file()), None)
+def check_outside_bundles(path: Path, kind: str) -> None:
+    """Refuse to write into a bundle: what is added to it would be lost with it, what is replaced would ruin it.
+
+    Args:
+        path: where something is to be written.
+        kind: what it is, for people.
+
+    Raises:
+        InfexportError: a folder that it is in, by whatever links, is a bundle.
+    """
+    for folder in Path(os.path.realpath(path)).parents:
+        if (folder / FILE).is_file() and (folder / MODEL).is_file():
+            raise InfexportError(
+                f"the {kind} is inside a bundle: {path}", f"the bundle: {folder}", "name another place"
+            )

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from infexport.atomic import partial_folder, sweep, sync_entry
 from infexport.errors import InfexportError
-from infexport.manifest import enclosing_bundle
+from infexport.manifest import check_outside_bundles
 
 
 def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) -> None:
@@ -36,10 +36,7 @@ def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) 
         )
     if path.is_dir():
         raise InfexportError(f"the {kind} is a folder: {path}", hint="name a file")
-    if bundle := enclosing_bundle(path):
-        raise InfexportError(
-            f"the {kind} is inside a bundle: {path}", f"it would be lost or ruin it: {bundle}", "choose another place"
-        )
+    check_outside_bundles(path, kind)
     try:
         folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def accuracy(
     from infexport.evaluate import SUFFIXES, evaluate
     from infexport.labelled import Classes, read_labelled
     from infexport.options import InferenceOptions
-    from infexport.outputs import check_writable
+    from infexport.outputs import check_apart, check_writable
     from infexport.predictions import ELSEWHERE
     from infexport.summary import warnings_of
 
@@ -102,6 +102,7 @@ def accuracy(
     images = read_labelled(data, classes)
     if output is not None:
         check_writable(output, "output", SUFFIXES, ELSEWHERE)
+        check_apart({output: "output"}, [data, *(image.file for image in images)], "choose another --output")
     network = None if no_pytorch else _network(opened, checkpoint)
     if not opened.verified:
         out.warning("the bundle was modified since it was converted; the report is of what it is now")

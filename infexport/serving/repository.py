@@ -14,7 +14,7 @@ from infexport.bundle import ENGINES, Bundle, open_bundle
 from infexport.engines import EngineSet, sets_of
 from infexport.errors import InfexportError
 from infexport.extras import require
-from infexport.manifest import FILE, MODEL
+from infexport.manifest import FILE, MODEL, check_outside_bundles
 from infexport.runners.ort import OrtRunner, Port
 from infexport.serving.config import CONFIG, LABELS, Range, Service, check_config, config_of, write_config
 
@@ -71,6 +71,7 @@ def package(bundle: Bundle, repository: Path, service: Service, force: bool = Fa
             f"received at most {service.max_pixels:,} pixels, expected at least {side * side:,}",
         )
     path = repository / service.name
+    check_outside_bundles(path, "output")
     with create_folder(path, lambda: _check_free(path, force)) as folder:
         version = folder / VERSION
         version.mkdir()
