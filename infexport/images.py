@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 import struct
 import warnings
 import zlib
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ MAX_PIXELS = 2**30  # height x width accepted from a header; the environment var
 MAX_PIXELS_VARIABLE = "INFEXPORT_MAX_PIXELS"
 
 Pixels = NDArray[np.uint8]
+T = TypeVar("T")
 
 # Decoders that know their own files and stay inside this process (the EPS reader starts Ghostscript).
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "QOI")
@@ -49,34 +51,37 @@ _EXIF_ORIENTATION, _TIFF_BITS, _TIFF_PHOTOMETRIC = 0x0112, 258, 262
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as given, folders expanded: recursive, sorted, by suffix, hidden files left out. Each file once.
+    """As `expand_folders`, without the heat maps of earlier runs.
 
-    Raises InfexportError for a path that does not exist and for a folder without images.
+    Raises:
+        InfexportError: as of `expand_folders`, or there are only heat maps.
     """
-    found: dict[Path, Path] = {}  # by resolved path, the spelling met first
+    return without_drawn(expand_folders(paths))
+
+
+def expand_folders(paths: Sequence[Path]) -> list[Path]:
+    """Files as given, folders expanded: recursive, links followed, sorted, by suffix, hidden ones left out.
+
+    Each file is found once. What has an image's suffix but cannot be read, such as a pipe, is found, too: reading it
+    says why.
+
+    Raises:
+        InfexportError: a path that does not exist, a folder without images, or a folder, or a link that may be one,
+            that cannot be looked into. An answer about fewer images than were asked for would be another answer.
+    """
+    found: dict[str, Path] = {}  # by real path, the spelling met first
     for path in map(Path, paths):
         try:
             for file in _expand(path):
-                found.setdefault(file.resolve(), file)
-        except OSError as error:
-            hint = "check the spelling of the path and that you may read it"
-            raise InfexportError(f"cannot find images: {path}", error.strerror or str(error), hint) from error
-    return _without_drawn(list(found.values()))
-
-
-def _without_drawn(files: list[Path]) -> list[Path]:
-    """Leave out the heat maps of earlier runs, and say so."""
-    drawn = {file for file in files if is_drawn(file)}
-    left = [file for file in files if file not in drawn]
-    if drawn and not left:
-        raise InfexportError(
-            "no images, only heat maps that infexport drew",
-            f"received {len(drawn)}, such as {min(drawn)}",
-            "name the images that they are of",
-        )
-    if drawn:
-        log.warning("left out %d heat maps that infexport drew, such as %s", len(drawn), min(drawn))
-    return left
+                # not Path.resolve(), which raises RuntimeError for a link to itself
+                found.setdefault(os.path.realpath(file), file)
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            reason = (getattr(error, "strerror", None) or str(error)).replace("\n", " ")
+            at = getattr(error, "filename", None)
+            inside = f": {os.fsdecode(at)}" if at and os.fsdecode(at) != str(path) else ""
+            hint = "check the spelling of the path and that you may read it, or name the images themselves"
+            raise InfexportError(f"cannot find images: {path}", f"{reason}{inside}", hint) from error
+    return list(found.values())
 
 
 DRAWN_BY = "infexport heat map"
@@ -86,18 +91,37 @@ DRAWN_BY = "infexport heat map"
 def is_drawn(path: Path) -> bool:
     """Whether a file is a heat map that infexport has drawn, which is no image to be labelled."""
     try:
+        check_ordinary(path)
         with path.open("rb") as file:
             begin = file.read(512)
-    except OSError:
+    except (OSError, InfexportError):
         return False
     return begin.startswith(b"\x89PNG\r\n\x1a\n") and b"tEXtSoftware\0" + DRAWN_BY.encode() in begin
 
 
+def without_drawn(files: Sequence[T]) -> list[T]:
+    """Leave out the heat maps of earlier runs, and say so.
+
+    Raises:
+        InfexportError: nothing else is there.
+    """
+    drawn = [file for file in files if isinstance(file, Path) and is_drawn(file)]
+    if drawn and len(drawn) == len(files):
+        raise InfexportError(
+            "no images, only heat maps that infexport drew",
+            f"received {len(drawn)}, such as {drawn[0]}",
+            "name the images that they are of",
+        )
+    if drawn:
+        log.warning("left out %d heat maps that infexport drew, such as %s", len(drawn), drawn[0])
+    left = {*drawn}
+    return [file for file in files if file not in left]
+
+
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir():
-        path.stat()  # raises the reason if there is no such file
+    if not stat.S_ISDIR(path.stat().st_mode):
         return [path]
-    files = sorted(file for file in path.rglob("*") if _is_visible_image(file, path))
+    files = list(_images_below(path))
     if not files:
         details = f"suffixes looked for: {' '.join(sorted(SUFFIXES))}"
         hint = "name the files themselves if they end otherwise"
@@ -105,9 +129,34 @@ def _expand(path: Path) -> list[Path]:
     return files
 
 
-def _is_visible_image(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and file.suffix.lower() in SUFFIXES and file.is_file()
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Yield the visible images in a folder and those in it, sorted.
+
+    Raises:
+        OSError: a folder or a link that cannot be looked into.
+    """
+    visited: set[tuple[int, int]] = set()  # links may lead back
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        is_image = path.suffix.lower() in SUFFIXES
+        try:
+            status = path.stat()
+        except OSError as error:
+            if is_image:
+                yield path
+            elif path.is_symlink():  # a folder, perhaps, on a disk that is not there
+                raise OSError(error.errno, "a link that leads nowhere", str(path)) from error
+            elif not isinstance(error, FileNotFoundError):  # else it was deleted meanwhile
+                raise
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            if is_image:
+                yield path
+        elif (status.st_dev, status.st_ino) not in visited:
+            visited.add((status.st_dev, status.st_ino))
+            inside = (item for item in path.iterdir() if not item.name.startswith("."))
+            waiting.extend(sorted(inside, reverse=True))
 
 
 def read_image(path: Path | str) -> Pixels:

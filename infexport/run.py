@@ -23,7 +23,7 @@ from infexport.images import Pixels, pixels_of, read_image
 from infexport.machine import cache_folder, usable_cores
 from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction, Row
-from infexport.remote import Item, at_hand, is_url, shown
+from infexport.remote import Item, at_hand, is_url, named, shown
 from infexport.runners import Deployed, Stages, spread
 from infexport.runners.opening import Opening
 from infexport.stream import CHUNK, stream
@@ -182,12 +182,13 @@ class _Call:
         with self._failing([index], "while reading it"):
             item = _checked(self._images[index])
             image = item if isinstance(item, np.ndarray) else held.enter_context(at_hand(item))
-            source = source_of(image, self._bundle, self._options)
-            way = self._way(source)
-            if way != "whole":
-                return image, source, way
-            pixels = source.rows.pixels if isinstance(source.rows, ArrayRows) else _pixels(image)
-            return fit(pixels, self._patch, "native", self._transform, self._options.edge)
+            with named(item, image):
+                source = source_of(image, self._bundle, self._options)
+                way = self._way(source)
+                if way != "whole":
+                    return image, source, way
+                pixels = source.rows.pixels if isinstance(source.rows, ArrayRows) else _pixels(image)
+                return fit(pixels, self._patch, "native", self._transform, self._options.edge)
         return None
 
     def _way(self, source: Source) -> Way:
@@ -226,7 +227,7 @@ class _Call:
     def _stream(self, index: int, image: Path | Pixels, source: Source, way: Way) -> None:
         with self._run.streaming:
             stages = self._run.stages(self._listener)
-            with self._failing([index], "while streaming it"):
+            with self._failing([index], "while streaming it"), named(self._images[index], image):
                 self._answer(index, self._streamed(index, image, source, way, stages))
 
     def _streamed(self, index: int, image: Path | Pixels, source: Source, way: Way, stages: Stages) -> Prediction:

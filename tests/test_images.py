@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 
 from infexport import images
 from infexport.errors import InfexportError
-from infexport.images import find_images, read_image
+from infexport.images import read_image
 from infexport.transform import EvalTransform, fit
 
 TRANSFORM = EvalTransform("shortest", 256, 224, "bicubic")
@@ -397,39 +397,6 @@ class TestUnreadable:
         else:
             assert pixels.dtype == np.uint8
             assert pixels.ndim == 3
-
-
-class TestFindImages:
-    def test_folders_are_expanded(self, tmp_path):
-        (tmp_path / "b").mkdir()
-        (tmp_path / ".hidden").mkdir()
-        for name in ("z.PNG", "a.jpeg", "b/c.tiff", "notes.txt", ".hidden/d.png", "._a.jpeg"):
-            (tmp_path / name).touch()
-        (tmp_path / "folder.png").mkdir()
-        expected = [tmp_path / name for name in ("a.jpeg", "b/c.tiff", "z.PNG")]
-        assert find_images([tmp_path]) == expected
-
-    def test_files_as_given_once(self, tmp_path):
-        for name in ("b.png", "a.png", "scan.raw"):
-            (tmp_path / name).touch()
-        again = tmp_path / ".." / tmp_path.name / "b.png"
-        given_paths = [tmp_path / "scan.raw", tmp_path / "b.png", again, tmp_path]
-        assert find_images(given_paths) == [tmp_path / name for name in ("scan.raw", "b.png", "a.png")]
-
-    def test_hidden_parent_of_the_folder_named_is_fine(self, tmp_path):
-        (tmp_path / ".cache").mkdir()
-        (tmp_path / ".cache" / "a.png").touch()
-        assert find_images([tmp_path / ".cache"]) == [tmp_path / ".cache" / "a.png"]
-
-    def test_nothing_there(self, tmp_path):
-        (tmp_path / "notes.txt").touch()
-        with pytest.raises(InfexportError, match="no images in folder") as caught:
-            find_images([tmp_path])
-        assert ".png" in caught.value.details
-        with pytest.raises(InfexportError, match=r"cannot find images: .*nowhere") as caught:
-            find_images([tmp_path / "nowhere"])
-        assert caught.value.details == "No such file or directory"
-        assert caught.value.hint
 
 
 class TestEvalTransform:
