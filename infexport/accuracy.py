@@ -53,7 +53,7 @@ class OfClass:
     Attributes:
         index: of the class.
         right: of its images, with top-1.
-        confused: the class most often answered in its place, None where all are right.
+        confused: the class most often answered in its place, None where no other was.
         times: how often that was.
     """
 
@@ -79,20 +79,24 @@ class Accuracy:
 def accuracy(logits: Logits, labels: NDArray[np.integer[Any]]) -> Accuracy:
     """Judge logits `[n, classes]` by the classes' indices `[n]`. Of equal logits the first class's is the larger.
 
+    A row with a logit that is not finite is no answer: it is never right, and counts among those judged.
+
     Raises:
         ValueError: the shapes do not fit.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits have shape {logits.shape} and labels {labels.shape}, expected [n, classes] and [n]")
     total, count = logits.shape
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    before = (logits > own) | ((logits == own) & (np.arange(count) < labels[:, None]))
-    rank = before.sum(1)
+    finite = np.isfinite(logits).all(1)
+    its_own = np.take_along_axis(logits, labels[:, None], axis=1)
+    before = (logits > its_own) | ((logits == its_own) & (np.arange(count) < labels[:, None]))
+    rank = np.where(finite, before.sum(1), count)
     answered = logits.argmax(1) if total else labels
     classes = []
     for index in np.unique(labels).tolist():
-        answers = np.bincount(answered[labels == index], minlength=count)
-        right = Share(int(answers[index]), int(answers.sum()))
+        own = labels == index
+        answers = np.bincount(answered[own & finite], minlength=count)
+        right = Share(int(answers[index]), int(own.sum()))
         answers[index] = 0
         confused = int(answers.argmax())
         times = int(answers[confused])
@@ -107,8 +111,8 @@ class Agreement:
 
     Attributes:
         same: of the rows.
-        disagreeing: rows that have not.
-        largest_difference: of a row, ‖x − y‖ / ‖y‖; the absolute one where y is zero.
+        disagreeing: rows that have not; so are those where either has a logit that is not finite.
+        largest_difference: of a row, ‖x − y‖ / ‖y‖; the absolute one where y is zero, infinite where it is no number.
     """
 
     same: Share
@@ -125,8 +129,10 @@ def agreement(x: Logits, y: Logits) -> Agreement:
     if x.shape != y.shape:
         raise ValueError(f"logits have shape {x.shape}, expected the others', {y.shape}")
     x, y = x.astype(np.float64), y.astype(np.float64)
+    finite = np.isfinite(x).all(1) & np.isfinite(y).all(1)
+    x, y = (np.where(finite[:, None], rows, 0.0) for rows in (x, y))
     norms = np.linalg.norm(y, axis=1)
-    differences = np.linalg.norm(x - y, axis=1) / np.where(norms > 0, norms, 1.0)
-    disagreeing = np.flatnonzero(x.argmax(1) != y.argmax(1)).tolist() if len(x) else []
+    differences = np.where(finite, np.linalg.norm(x - y, axis=1) / np.where(norms > 0, norms, 1.0), np.inf)
+    disagreeing = np.flatnonzero(~finite | (x.argmax(1) != y.argmax(1))).tolist() if len(x) else []
     same = Share(len(x) - len(disagreeing), len(x))
     return Agreement(same, tuple(disagreeing), float(differences.max(initial=0.0)))

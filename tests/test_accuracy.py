@@ -68,6 +68,26 @@ def test_agreement():
     assert found.largest_difference == pytest.approx(math.sqrt(2))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("classes", [1, 3, 7])
+def test_a_row_with_a_logit_that_is_not_finite_is_never_right(bad, classes):
+    logits = np.tile(np.arange(classes, 0, -1.0), (classes, 1))
+    logits[np.arange(classes), np.arange(classes)] = bad  # of the image's own class
+    logits = np.concatenate([logits, np.full((classes, classes), bad)])
+    found = accuracy(logits, np.tile(np.arange(classes), 2))
+    assert (found.top1.count, found.top1.total) == (0, 2 * classes)
+    assert found.top5 is None or found.top5.count == 0
+    assert [(one.right.count, one.right.total, one.confused) for one in found.classes] == [(0, 2, None)] * classes
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_answer_agrees_with_one_that_is_not_finite(bad):
+    fine, wrong = np.ones((1, 3)), np.array([[1, bad, 1]])
+    for ours, theirs in ((fine, wrong), (wrong, fine), (wrong, wrong)):
+        found = agreement(np.concatenate([fine, ours]), np.concatenate([fine, theirs]))
+        assert (found.same.count, found.disagreeing, found.largest_difference) == (1, (1,), math.inf)
+
+
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"labels \(3,\)"):
         accuracy(np.zeros((2, 4)), np.zeros(3, int))
@@ -81,24 +101,63 @@ def images(folder, *names):
         Image.new("RGB", (8, 8)).save(folder / name)
 
 
-def test_a_label_goes_before_an_index(tmp_path):
-    images(tmp_path, "1/a.png", "3/b.png", "cat/deep/c.png", ".hidden/d.png")
+def test_folders_named_by_labels_and_files_at_any_depth(tmp_path):
+    images(tmp_path, "1/a.png", "dog house/b.png", "cat/deep/c.png", ".hidden/d.png")
     (tmp_path / "notes.txt").write_text("not looked at")
     found = read_labelled(tmp_path, CLASSES)
     assert found == [
         Labelled(tmp_path / "1" / "a.png", 2),
-        Labelled(tmp_path / "3" / "b.png", 3),
         Labelled(tmp_path / "cat" / "deep" / "c.png", 0),
+        Labelled(tmp_path / "dog house" / "b.png", 3),
     ]
 
 
-def test_a_csv_file(tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "names", "told"),
+    [
+        (["cat", "dog", "1", "dog house"], ["3", "cat"], "as labels: cat is class 0\nas indices: 3 is class 3"),
+        (["cat", "dog", "1", "dog house"], ["0", "1"], "as labels: 1 is class 2\nas indices: 0 is class 0"),
+        ([*"abc", "7", *"defgh"], ["3", "7"], "as labels: 7 is class 3\nas indices: 3 is class 3"),
+        (["crane", "cat", "crane"], ["1", "crane"], "as labels: crane is class 0 or 2"),
+        (None, ["3", "03", "1"], "one class"),
+    ],
+)
+def test_folders_are_named_in_one_way_and_no_two_are_one_class(labels, names, told, tmp_path):
+    images(tmp_path, *(f"{name}/a.png" for name in names))
+    assert told in refused(tmp_path, Classes(10 if labels is None else len(labels), labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "indices"),
+    [
+        (["cat", "dog", "1", "dog house"], ["1", "cat"], [2, 0]),
+        (["x", "y", "z"], ["0", "2"], [0, 2]),
+        (None, ["0", "2"], [0, 2]),
+        (["0", "1", "10", "2"], ["1", "10", "2"], [1, 2, 3]),
+        (["0", "1", "cat"], ["0", "2"], [0, 2]),
+    ],
+)
+def test_the_same_names_mean_the_same_as_folders_and_in_a_table(labels, names, indices, tmp_path):
+    images(tmp_path, *(f"{name}/a.png" for name in names))
+    classes = Classes(4 if labels is None else len(labels), labels)
+    assert [image.label for image in read_labelled(tmp_path, classes)] == indices
     table = tmp_path / "table.csv"
-    table.write_bytes(b"\xef\xbb\xbffile, top, label\r\na.png, 8, dog house\r\nb/c.png, 16, 0\r\n")
+    table.write_text("file,label\n" + "".join(f"{name}/a.png,{name}\n" for name in names))
+    assert [image.label for image in read_labelled(table, classes)] == indices
+
+
+def test_two_folders_that_are_one(tmp_path):
+    images(tmp_path, "cat/a.png")
+    (tmp_path / "dog").symlink_to(tmp_path / "cat")
+    assert "cat and dog" in refused(tmp_path)
+
+
+def test_a_csv_file(tmp_path):
+    table = tmp_path / "table.CSV"
+    table.write_bytes(b'\xef\xbb\xbffile, top, label,,\r\na.png, 8, dog house\r\n"b/c,\r\nd.png", 16, cat\r\n')
     assert read_labelled(table, CLASSES) == [
-        Labelled(tmp_path / "a.png", 3), Labelled(tmp_path / "b" / "c.png", 0)
+        Labelled(tmp_path / "a.png", 3), Labelled(tmp_path / "b" / "c,\r\nd.png", 0)
     ]  # fmt: skip
-    assert read_labelled(table, Classes(4, ["x", "y", "0", "dog house"]))[1].label == 2
 
 
 def refused(path, classes=CLASSES):
@@ -139,6 +198,13 @@ def test_a_label_of_two_classes_is_named_by_its_index(tmp_path):
         ("file,label\n", "no images"),
         ("file,label\na.png\nb.png,cat\n,cat\n", "line 2, line 4"),
         ("file,label\na.png,cat\na.png,dog\n", "more than one line"),
+        ("file,label\na/b.png,cat\na/./b.png,cat\n", "a/b.png (line 2) and a/./b.png (line 3)"),
+        ("file,label\na.png,cat\na/../a.png,dog\n", "a.png (line 2) and a/../a.png (line 3)"),
+        ("file,label,label\na.png,cat,dog\n", "more than one column label"),
+        ("file,file,label\na.png,b.png,dog\n", "more than one column file"),
+        ("file,label\na.png,cat,dog\n", "line 2"),
+        ("file,label\na\0.png,cat\n", "NUL"),
+        ("file,label\na.png,cat\nb.png,3\n", "as labels: cat (line 2) is class 0\nas indices: 3 (line 3) is class 3"),
         ("file,label\na.png,cat\nb.png,bird\nc.png,4\n", "bird (line 3), 4 (line 4)"),
         ("file,label\na.png," + "9" * 5000 + "\n", "its classes: cat"),
     ],

@@ -68,8 +68,9 @@ def accuracy(
 ) -> None:
     """How often BUNDLE is right on DATA, and how often it agrees with its checkpoint in PyTorch.
 
-    DATA is a folder with a folder of images per class, named by its label or index, or a .csv file with columns 'file',
-    relative to it, and 'label'. Intervals are of 95% (Wilson's score).
+    DATA is a folder with a folder of images per class, or a .csv file with columns 'file', relative to it, and 'label'.
+    Classes are all named by their labels or, where one is no label, all by their indices. Intervals are of 95%
+    (Wilson's score).
 
     Exit code 1 when an image cannot be judged, which counts neither for nor against, or top-1 is below --min-top1.
     """
@@ -164,8 +165,11 @@ def _show(out: Output, report: Report) -> None:
         rates += f", PyTorch {_rate(report.pytorch_rate)} ({report.pytorch})"
     out.data(f"images per second: {rates}; with reading them, without loading the model")
     if report.enough is not None:
-        held = "holds" if report.enough else "FAILED"
+        held = "holds" if report else "FAILED"
         verdict = f"accuracy {held}: top-1 {found.top1.share:.2%}, at least {report.required:.2%} required"
+        if report.failed:
+            count = len(report.failed)
+            verdict += f"; {count} image{'' if count == 1 else 's'} could not be judged"
         out.data(verdict if report.verified else f"{verdict} (unverified: the bundle was modified)")
 
 

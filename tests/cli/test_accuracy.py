@@ -216,6 +216,30 @@ def test_what_pytorch_has_no_memory_for_is_told(infexport, bundle, few, monkeypa
     assert sum(line["pytorch"] == "" for line in rows(tmp_path / "out.csv")) == brighter
 
 
+@pytest.mark.parametrize("side", ["bundle", "PyTorch"])
+def test_answers_that_are_no_numbers_fail_on_either_side(side, infexport, bundle, few, monkeypatch):
+    from infexport.runners.ort import OrtRunner
+    from infexport.runners.torch import TorchRunner
+
+    runner = OrtRunner if side == "bundle" else TorchRunner
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda self, images: {k: v * np.nan for k, v in run(self, images).items()})
+    report = report_of(infexport, bundle, few, "--min-top1", 0, exit_code=1)
+    assert (report["passed"], len(report["failed"])) == (False, 30)
+    judged = report["pytorch"]
+    assert (report["images"], judged["images"]) == ((0, 0) if side == "bundle" else (30, 0))
+    assert judged["top1"]["count"] == judged["agreement"]["count"] == 0
+
+
+def test_a_share_of_the_images_is_no_verdict(infexport, bundle, few, tmp_path):
+    """The few that can be judged may be right; that accuracy holds is said of all of them."""
+    (tmp_path / "table.csv").write_text(f"file,label\n{few}/0/{min((few / '0').iterdir()).name},0\nmissing.png,0\n")
+    arguments = ("validate", "accuracy", bundle, tmp_path / "table.csv", "--no-pytorch", "--min-top1", 0.5)
+    told = infexport(*arguments, exit_code=1).stdout
+    assert "accuracy FAILED: top-1 100.00%, at least 50.00% required; 1 image could not be judged" in told
+    assert "accuracy holds" not in told
+
+
 def test_wrong_data(infexport, bundle, few, tmp_path):
     shutil.copytree(few, tmp_path / "few")
     (tmp_path / "few" / "3").rename(tmp_path / "few" / "three")
