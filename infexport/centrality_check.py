@@ -87,7 +87,7 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The verdict: true where every head's is and every image could be read.
+    """The verdict: true where there are heads, every one's is, and every image could be read.
 
     Attributes:
         bundle, checkpoint: what was looked at.
@@ -111,7 +111,7 @@ class Report:
         return [head for image in self.images for head in image.heads]
 
     def __bool__(self) -> bool:
-        return not self.failed and all(self.heads)
+        return bool(self.heads) and not self.failed and all(self.heads)
 
     def mean(self, cosine: str) -> float:
         """The mean of a cosine over heads and images, of those that have one."""
@@ -273,7 +273,7 @@ def _look_at(
         katz_cosine_left=_cosine(torch.from_numpy(expected) / chain.weights, left.vector),
         eigenvalue=right.eigenvalue.item() / norm,
         steps=int(max(left.steps.item(), right.steps.item())),
-        residual=max(left.residual.item(), right.residual.item()),
+        residual=float(np.max([left.residual.item(), right.residual.item()])),  # not a number if either is none
         row_sum=row_sums(*one, rho).max().item(),
         chain=chain.kind,
         walk=compare_visits(visits, expected, walkers),

@@ -79,7 +79,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Report:
-    """How often a bundle is right; true where every image was judged, and top-1 is what was required.
+    """How often a bundle is right; true where there are images, all were judged, and top-1 is what was required.
 
     Attributes:
         path, verified: of the bundle, and whether its hashes were right.
@@ -103,7 +103,7 @@ class Report:
     required: float | None
 
     def __bool__(self) -> bool:
-        return not self.failed and self.enough is not False
+        return bool(self.images) and not self.failed and self.enough is not False
 
     @property
     def enough(self) -> bool | None:

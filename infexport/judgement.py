@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """The verdict: true where every case is within tolerance and every image could be read.
+    """The verdict: true where there are cases, all are within tolerance, and every image could be read.
 
     Attributes:
         bundle, checkpoint: what was compared.
@@ -82,7 +82,7 @@ class Report:
     failed: tuple[tuple[Path, InfexportError], ...]
 
     def __bool__(self) -> bool:
-        return not self.failed and all(self.cases)
+        return bool(self.cases) and not self.failed and all(self.cases)
 
     @property
     def verdict(self) -> str:

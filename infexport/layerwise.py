@@ -5,6 +5,9 @@ in wrong is not held against it. Its budget is derived: MULTIPLE times what roun
 (Monte Carlo arithmetic; Parker, "Monte Carlo Arithmetic", 1997). Rounded are the results of all sums, as float32
 rounds them: each of n additions uniformly by at most u = 2⁻²⁴ of a partial sum that grows with the square root of its
 terms, which comes to u·√(n/6). Where the precision is lower, so are the factors of products, by half a step.
+
+An output of few numbers, as the head's is, gets no such draw: one says nothing of the next, and a sum near zero has
+no size of its own. There the variance is summed over the terms themselves, see `sum_variance`.
 """
 
 from __future__ import annotations
@@ -49,7 +52,14 @@ class Error:
     budget: float
 
     def __bool__(self) -> bool:
-        return self.adds <= self.budget
+        return self.adds <= self.budget < math.inf  # false of what is no number, too
+
+    @property
+    def share(self) -> float:
+        """Of the budget; infinite where there is none, or it cannot be told."""
+        if math.isnan(self.adds) or not self.budget < math.inf:
+            return math.inf
+        return self.adds / self.budget if self.budget else math.inf if self.adds else 0.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,41 @@ def judge(
         return list(_Judge(network, arithmetic, bundle, eager, truth).parts(pixels))
 
 
+def judge_head(head: nn.Linear, features: Tensor, logits: Tensor) -> Error:
+    """Judge logits `[B, classes]` of the head, float64, by the features `[B, E]` that it was given.
+
+    Rounding to float32 is allowed `MULTIPLE` of its standard deviations, all logits together. That both are divided by
+    the norm of the exact logits decides nothing, so a single logit near zero is judged as any other.
+    """
+    features = features.double()
+    exact = head(features)
+    variance = sum_variance(summand_size(head, features).square(), exact, head.in_features + 1)
+    deviation = float(variance.sum().sqrt()) / (float(torch.linalg.vector_norm(exact)) or 1.0)
+    return Error(_relative(logits, exact), MULTIPLE * deviation)
+
+
+def summand_size(head: nn.Linear, features: Tensor) -> Tensor:
+    """Root of the sum of squares of the terms of every logit, `[B, classes]`: products with features, and the bias."""
+    return (features.square() @ head.weight.square().T + head.bias.square()).sqrt()
+
+
+def sum_variance(squares: Tensor, total: Tensor, terms: int) -> Tensor:
+    """Variance of what float32 rounds in sums of so many products, whatever their order.
+
+    Every product and every partial sum s is rounded uniformly by at most u·|s|: variance u²s²/3. As s² counts Q + T²,
+    with Q the sum of squares of the terms and T the total: a random walk of all the terms, and the way to the total.
+    In a random order the mean is less, Q/6 + T²/3, but of one sum it says little: s² varies as much as it is, and what
+    is rounded has the tails e^(−π·x), x in units of u·√(n·Q/3). At `MULTIPLE` = 4 that is less than a normal
+    variable's.
+
+    Args:
+        squares: Q.
+        total: T.
+        terms: n.
+    """
+    return FLOAT32**2 / 3 * (squares + terms * (squares + total.square()))
+
+
 class _Judge:
     def __init__(self, network: InfViT, arithmetic: Arithmetic, bundle: Trace, eager: Trace, truth: Trace) -> None:
         self._network, self._bundle, self._eager, self._traces = network, bundle, eager, (bundle, eager, truth)
@@ -124,9 +169,10 @@ class _Judge:
         for index, layer in enumerate(layers):
             yield self._layer(index, cast(Layer, layer), last=index + 1 == len(layers))
         head = self._network.head
-        exact, eager = (head(trace.features.double()) for trace in (self._bundle, self._eager))
-        noisy = self._noise.sums(exact, head.in_features)
-        yield self._part("head", exact, [noisy], eager, [trace.logits for trace in self._traces], {})
+        logits = [trace.logits for trace in self._traces]
+        own = judge_head(head, self._bundle.features, logits[0])
+        eager = judge_head(head, self._eager.features, logits[1])
+        yield Part("head", own, {}, _relative(logits[0], logits[2]), eager.adds, _relative(logits[1], logits[2]))
 
     def _layer(self, index: int, layer: Layer, last: bool) -> Part:
         """The last layer with all that follows it but the head."""

@@ -57,9 +57,10 @@ class Comparison:
 
     Attributes:
         max_abs, mean_abs: absolute error, in the logits' own units.
-        relative: ‖x − truth‖ / ‖truth‖, Frobenius; the absolute error where the truth is zero.
+        relative: ‖x − truth‖ / scale, Frobenius.
+        scale: ‖truth‖ or, where that is larger, the norm of what the logits are sums of; 1 where both are zero.
         cosine: of the flattened arrays.
-        top1_agreement: share of rows whose largest logit is the same.
+        top1_agreement: share of rows whose largest logit is the same; never where one is not finite.
         passed: relative error within tolerance, everything finite, and the same top-1 wherever the truth's lead over
             its second class is larger than the tolerance allows two logits to move.
     """
@@ -67,6 +68,7 @@ class Comparison:
     max_abs: float
     mean_abs: float
     relative: float
+    scale: float
     cosine: float
     top1_agreement: float
     passed: bool
@@ -78,8 +80,15 @@ class Comparison:
         return dataclasses.asdict(self)
 
 
-def compare(logits: Array, truth: Array, tolerance: Tolerance) -> Comparison:
+def compare(logits: Array, truth: Array, tolerance: Tolerance, terms: Array | None = None) -> Comparison:
     """Compare logits `[n, classes]` with the truth, float64 of the same shape.
+
+    Args:
+        logits: what is judged.
+        truth: what they should be.
+        tolerance: of the precision.
+        terms: for every logit the root of the sum of squares of its terms (`layerwise.summand_size`), for an error is
+            of their size. Where they cancel, as in a single logit near zero, that is more than the truth's.
 
     Raises:
         ValueError: shapes differ.
@@ -88,22 +97,25 @@ def compare(logits: Array, truth: Array, tolerance: Tolerance) -> Comparison:
         raise ValueError(f"logits have shape {logits.shape}, expected the truth's, {truth.shape}")
     x, y = logits.astype(np.float64), truth.astype(np.float64)
     error = np.abs(x - y)
-    scale = float(np.linalg.norm(y))
-    relative = float(np.linalg.norm(error)) / (scale or 1.0)
-    norms = float(np.linalg.norm(x)) * scale
-    same = x.argmax(-1) == y.argmax(-1)
+    norm = float(np.linalg.norm(y))
+    scale = max(norm, 0.0 if terms is None else float(np.linalg.norm(terms))) or 1.0
+    relative = float(np.linalg.norm(error)) / scale
+    norms = float(np.linalg.norm(x)) * norm
+    finite = np.isfinite(x).all(-1) & np.isfinite(y).all(-1)
+    same = finite & (x.argmax(-1) == y.argmax(-1))
     if y.shape[-1] > 1:
         ordered = np.sort(y, axis=-1)
         lead = ordered[:, -1] - ordered[:, -2]
     else:
         lead = np.full(len(y), np.inf)
     # the largest a logit of this row may move while the whole stays within tolerance
-    decided = lead > 2 * tolerance.relative * (scale or 1.0)
+    decided = lead > 2 * tolerance.relative * scale
     return Comparison(
         max_abs=float(error.max(initial=0.0)),
         mean_abs=float(error.mean()),
         relative=relative,
+        scale=scale,
         cosine=float((x * y).sum()) / norms if norms else float(np.array_equal(x, y)),
         top1_agreement=float(same.mean()),
-        passed=bool(np.isfinite(x).all() and relative <= tolerance.relative and same[decided].all()),
+        passed=bool(finite.all() and relative <= tolerance.relative and same[decided].all()),
     )

@@ -17,7 +17,7 @@ from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.images import read_image
 from infexport.judgement import Case, Report
-from infexport.layerwise import Arithmetic, Part, judge
+from infexport.layerwise import Arithmetic, Part, judge, summand_size
 from infexport.parity import compare, tolerance_for
 from infexport.recorded import load_recorded
 from infexport.runners import Deployed
@@ -103,17 +103,19 @@ class Judge:
     def __call__(self, name: str, batch: NDArray[np.uint8], file: Path | None = None) -> Case:
         """Of images `[B, H, W, 3]`, whole patches; of a file, where they are of one."""
         logits = _logits(self._runner, batch)
-        parts: list[Part] = []
+        model, parts = self._truth.model, list[Part]()
         if self._layers:
             found, eager, truth = self._tracer(batch), trace_torch(self._torch, batch), trace_torch(self._truth, batch)
-            model = self._truth.model
             with enough_memory(batch.shape):
                 pixels = model.normalise(torch.from_numpy(batch))
                 parts = judge(model.network, self._arithmetic, found, eager, truth, pixels)
-            theirs, exact = eager.logits.numpy(), truth.logits.numpy()
+            theirs, exact, features = eager.logits.numpy(), truth.logits.numpy(), truth.features
         else:
-            theirs, exact = (runner.run(batch)["logits"] for runner in (self._torch, self._truth))
-        compared, beside = (compare(x, exact, self.tolerance) for x in (logits, theirs))
+            theirs, given = self._torch.run(batch)["logits"], self._truth.run(batch)
+            exact, features = given["logits"], torch.from_numpy(given["features"])
+        with torch.no_grad():
+            terms = summand_size(model.network.head, features).numpy()
+        compared, beside = (compare(x, exact, self.tolerance, terms) for x in (logits, theirs))
         return Case(name, batch.shape, compared, beside, tuple(parts), logits, theirs, exact, file)
 
 

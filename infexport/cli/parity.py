@@ -134,6 +134,6 @@ def _table(out: Output, report: Report) -> None:
             ]
             for case in report.cases
             for part in case.parts
-            for worst in [max(part.states.values(), key=lambda error: error.adds / error.budget, default=None)]
+            for worst in [max(part.states.values(), key=lambda error: error.share, default=None)]
         ],
     )

@@ -35,7 +35,7 @@ def overall(report: Report) -> list[tuple[Markup, str]]:
         (
             _errors(report),
             "How far single logits are off, in units of what all might be off by: the tolerance times the root mean "
-            "square of their input's logits.",
+            "square of their input's logits, or of what they are sums of.",
         ),
     ]
 
@@ -87,8 +87,8 @@ def _errors(report: Report) -> Markup:
     from matplotlib.ticker import FuncFormatter
 
     allowed = report.tolerance.relative
-    ours = np.concatenate([_off(case.logits, case.truth, allowed) for case in report.cases])
-    theirs = np.concatenate([_off(case.eager, case.truth, allowed) for case in report.cases])
+    ours = np.concatenate([_off(case, case.logits, allowed) for case in report.cases])
+    theirs = np.concatenate([_off(case, case.eager, allowed) for case in report.cases])
     with drawing() as figure:
         axes = figure.subplots()
         every = np.concatenate([ours, theirs])
@@ -104,9 +104,9 @@ def _errors(report: Report) -> Markup:
         return _svg(inline(figure, "errors", "Histogram of the errors of single logits, beside the tolerance."))
 
 
-def _off(logits: Logits, truth: Logits, allowed: float) -> Floats:
-    unit = allowed * (float(np.sqrt(np.mean(np.square(truth)))) or 1.0)
-    off = np.abs(logits.astype(np.float64) - truth).ravel() / unit
+def _off(case: Case, logits: Logits, allowed: float) -> Floats:
+    unit = allowed * case.bundle.scale / math.sqrt(logits.size)
+    off = np.abs(logits.astype(np.float64) - case.truth).ravel() / unit
     return np.clip(np.nan_to_num(off, nan=1e9, posinf=1e9), LEAST, 1e9)
 
 

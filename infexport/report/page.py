@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from infexport.bundle import Bundle
 from infexport.judgement import Case, Report
 from infexport.layerwise import MULTIPLE
@@ -120,7 +122,8 @@ class Said:
         text = (
             f"The truth is the checkpoint in PyTorch, in float64. Of every input the logits' relative error, "
             f"‖x − truth‖ / ‖truth‖, may be {bound} = {number(rule.relative)} in {rule.precision} "
-            f"(ε = 2{_power(rule.epsilon)}, depth {rule.depth}); all must be finite, and the first class the same "
+            f"(ε = 2{_power(rule.epsilon)}, depth {rule.depth}; where logits are less than what they are sums of, "
+            f"relative to the size of these terms); all must be finite, and the first class the same "
             f"wherever its lead is larger than the tolerance lets two logits move."
         )
         if any(case.parts for case in self.report.cases):
@@ -141,7 +144,7 @@ class Said:
         found = [
             ("largest relative error", number(self.cases[0].bundle.relative)),
             ("tolerance", number(self.report.tolerance.relative)),
-            ("PyTorch float32's own", number(max(case.torch.relative for case in cases))),
+            ("PyTorch float32's own", number(float(np.max([case.torch.relative for case in cases])))),
             ("inputs within tolerance", f"{sum(map(bool, (case.bundle for case in cases)))} of {len(cases)}"),
             ("images, same first class", f"{same} of {rows}"),
         ]

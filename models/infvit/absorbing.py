@@ -161,7 +161,7 @@ class Deviation:
         return max(self.total, self.weighed, self.distance)
 
     def __bool__(self) -> bool:
-        return self.errors <= ALLOWANCE
+        return all(error <= ALLOWANCE for error in (self.total, self.weighed, self.distance))  # false of NaN
 
 
 def compare_visits(visits: Floats, expected: Floats, walkers: int) -> Deviation:
