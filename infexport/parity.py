@@ -96,10 +96,11 @@ def compare(logits: Array, truth: Array, tolerance: Tolerance, terms: Array | No
     if logits.shape != truth.shape:
         raise ValueError(f"logits have shape {logits.shape}, expected the truth's, {truth.shape}")
     x, y = logits.astype(np.float64), truth.astype(np.float64)
-    error = np.abs(x - y)
+    with np.errstate(invalid="ignore"):  # what is not finite is found below
+        error = np.abs(x - y)
     norm = float(np.linalg.norm(y))
-    scale = max(norm, 0.0 if terms is None else float(np.linalg.norm(terms))) or 1.0
-    relative = float(np.linalg.norm(error)) / scale
+    scale = float(np.max([norm, 0.0 if terms is None else np.linalg.norm(terms)])) or 1.0
+    relative = float(np.linalg.norm(error)) / scale if math.isfinite(scale) else math.nan
     norms = float(np.linalg.norm(x)) * norm
     finite = np.isfinite(x).all(-1) & np.isfinite(y).all(-1)
     same = finite & (x.argmax(-1) == y.argmax(-1))
