@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,19 @@ EPSILON = 1e-6
 
 TILE = 256
 """Queries at a time in Pure InfSA: N×N never exists."""
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that tokens of `dtype` are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Keep autocast from rounding products of tensors like this one to half precision."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def per_head(rho: Tensor | float, like: Tensor) -> Tensor:
@@ -37,19 +52,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         ("k", k, list(q.shape)),
         ("v", v, [*q.shape[:3], "d_v"]),
     ):
-        fits = tensor.dim() == 4 and all(
-            isinstance(size, str) or actual == size for actual, size in zip(tensor.shape, expected, strict=False)
-        )
-        torch._check(
-            fits,
-            lambda name=name, tensor=tensor, expected=expected: (
-                f"{name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, expected))}]"
-            ),
-        )
-        torch._check(
-            tensor.dtype == q.dtype,
-            lambda name=name, tensor=tensor: f"{name} is {tensor.dtype}, expected q's dtype, {q.dtype}",
-        )
+        if tensor.dim() != 4 or any(
+            not isinstance(size, str) and actual != size for actual, size in zip(tensor.shape, expected, strict=True)
+        ):
+            raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, expected))}]")
+        if tensor.dtype != q.dtype:
+            raise RuntimeError(f"{name} is {tensor.dtype}, expected q's dtype, {q.dtype}")
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
@@ -59,13 +67,10 @@ def check_qk(q: Tensor, k: Tensor) -> None:
         RuntimeError: not `[B, H, N, d]` and `[B, H, M, d]`, or of several dtypes.
     """
     for name, tensor in (("q", q), ("k", k)):
-        torch._check(tensor.dim() == 4, lambda name=name, tensor=tensor: (
-            f"{name} has {tensor.dim()} dimensions, expected [B, H, tokens, d]"
-        ))  # fmt: skip
-    torch._check(
-        q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype,
-        lambda: (
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{name} has {tensor.dim()} dimensions, expected [B, H, tokens, d]")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.dtype != k.dtype:
+        raise RuntimeError(
             f"k is {k.dtype} {list(k.shape)}, expected {q.dtype} "
             f"[{q.shape[0]}, {q.shape[1]}, M, {q.shape[3]}] to match q"
-        ),
-    )
+        )

@@ -1,4 +1,4 @@
-"""`infsa::affinity_product`, registered with torch: kernels and shapes."""
+"""`infsa::affinity_product`, registered with torch: kernels, shapes, derivatives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from infsa_ops.affinity_launch import sweeps_for
-from infsa_ops.common import check_qk
+from infsa_ops.affinity_product import reference
+from infsa_ops.common import at_least_float32, check_qk, no_autocast
+from infsa_ops.derivatives import register_derivatives
 from infsa_ops.sweeps import TILED, Sweeps
 
 
@@ -20,7 +22,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _sweep(sweeps: Sweeps, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    product, squares = sweeps.product_and_squares(q, k, v)
+    with no_autocast(q):
+        product, squares = sweeps.product_and_squares(q, k, v)
     return product, squares.to(product.dtype)
 
 
@@ -30,7 +33,7 @@ def affinity_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     A block of Pure InfSA before it is normalised. Products add over disjoint sets of keys, squares over disjoint sets
     of queries or keys, so a sweep over chunks of both gives what `neumann_kernel` gives at once. q̂ and k̂ are scaled
-    by 1/√d. No gradient.
+    by 1/√d. Derivatives form the whole N×M matrix.
 
     Args:
         q: `[B, H, N, d]`, floating.
@@ -56,5 +59,14 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @affinity_product.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     _check(q, k, v)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = at_least_float32(q.dtype)
     return v.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype), q.new_empty(q.shape[:2], dtype=dtype)
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = at_least_float32(q.dtype)
+    with no_autocast(q):
+        return reference.affinity_product(q.to(dtype), k.to(dtype), v.to(dtype))
+
+
+register_derivatives(affinity_product, _definition)

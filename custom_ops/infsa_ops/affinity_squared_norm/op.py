@@ -1,4 +1,4 @@
-"""`infsa::affinity_squared_norm`, registered with torch: kernels and shapes."""
+"""`infsa::affinity_squared_norm`, registered with torch: kernels, shapes, derivatives."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from infsa_ops.affinity_launch import sweeps_for
-from infsa_ops.common import check_qk
+from infsa_ops.affinity_squared_norm import reference
+from infsa_ops.common import at_least_float32, check_qk, no_autocast
+from infsa_ops.derivatives import register_derivatives
 from infsa_ops.sweeps import TILED, Sweeps
 
 
 def _sweep(sweeps: Sweeps, q: Tensor, k: Tensor) -> Tensor:
-    return sweeps.squares(q, k).to(torch.promote_types(q.dtype, torch.float32))
+    with no_autocast(q):
+        return sweeps.squares(q, k).to(at_least_float32(q.dtype))
 
 
 @torch.library.custom_op("infsa::affinity_squared_norm", mutates_args=())
@@ -19,7 +22,8 @@ def affinity_squared_norm(q: Tensor, k: Tensor) -> Tensor:
     """‖relu(q̂k̂ᵀ)‖²_F, a tile at a time (ONNX `infsa::AffinitySquaredNorm`).
 
     What `neumann_kernel` divides by, for whoever needs no more of it: a class-token head's last layer, or a sweep
-    over chunks. Squares add over disjoint sets of queries or keys. q̂ and k̂ are scaled by 1/√d. No gradient.
+    over chunks. Squares add over disjoint sets of queries or keys. q̂ and k̂ are scaled by 1/√d. Derivatives form the
+    whole N×M matrix.
 
     Args:
         q: `[B, H, N, d]`, floating.
@@ -44,4 +48,13 @@ def _on_gpu(q: Tensor, k: Tensor) -> Tensor:
 @affinity_squared_norm.register_fake
 def _(q: Tensor, k: Tensor) -> Tensor:
     check_qk(q, k)
-    return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape[:2], dtype=at_least_float32(q.dtype))
+
+
+def _definition(q: Tensor, k: Tensor) -> Tensor:
+    dtype = at_least_float32(q.dtype)
+    with no_autocast(q):
+        return reference.affinity_squared_norm(q.to(dtype), k.to(dtype))
+
+
+register_derivatives(affinity_squared_norm, _definition)

@@ -7,25 +7,25 @@ import math
 import torch
 from torch import Tensor
 
-from infsa_ops.common import EPSILON, check_qkv, per_head
+from infsa_ops.common import EPSILON, at_least_float32, check_qkv, no_autocast, per_head
 from infsa_ops.linear_state.op import linear_state_update
 
 
 def _state(values: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, _, width = values.shape
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return values.new_zeros((batch, heads), dtype=dtype), values.new_zeros((batch, heads, width), dtype=dtype)
+    return values.new_zeros((batch, heads)), values.new_zeros((batch, heads, width))
 
 
 def _mean(weights: Tensor, values: Tensor) -> Tensor:
     mass, moment = linear_state_update(weights, values, *_state(values))
-    return (moment / (mass[..., None] + EPSILON)).to(values.dtype)
+    return moment / (mass[..., None] + EPSILON)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Tensor:
     """Attention of Linear-InfSA (arXiv 2603.00175): every token receives the same ρ-weighted mean of the values.
 
     Token n weighs aₙ = relu(q̄ · k̂ₙ), where q̄ is the mean query weighted by its norms and q̂, k̂ are scaled by 1/√d.
+    Computed and differentiated in at least float32.
 
     Args:
         q, k: `[B, H, N, d]`, floating.
@@ -41,9 +41,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Te
     """
     check_qkv(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1])
-    queries, keys = q * scale, k * scale
+    queries, keys, values = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
+    queries, keys = queries * scale, keys * scale
     energy = torch.linalg.vector_norm(queries, dim=-1)
     mean_query = _mean(energy, queries)
-    score = torch.relu(torch.matmul(keys, mean_query[..., None])[..., 0])
-    out = per_head(rho, v) * _mean(score, v)[..., None, :]
-    return out.expand(v.shape)
+    with no_autocast(keys):
+        score = torch.relu(torch.matmul(keys, mean_query[..., None])[..., 0])
+    out = per_head(rho, values) * _mean(score, values)[..., None, :]
+    return out.to(v.dtype).expand(v.shape)

@@ -1,11 +1,12 @@
-"""`infsa::linear_state_update`, registered with torch: kernel, shapes, gradient."""
+"""`infsa::linear_state_update`, registered with torch: kernel, shapes, derivatives."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from infsa_ops.common import no_autocast
+from infsa_ops.derivatives import register_derivatives
 
 
 def _check(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> None:
@@ -37,6 +38,19 @@ def _check(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> Non
     )
 
 
+def _update(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the new mass and moment, by operations that torch differentiates."""
+    w = weights.to(mass.dtype)
+    x = values.to(moment.dtype)
+    groups = x.shape[1]
+    if groups == w.shape[1]:
+        # a sum and not a product with one row, which adds one token after the other: 1e-5 off at 332k tokens
+        return mass + w.sum(-1), moment + (w[..., None] * x).sum(-2)
+    with no_autocast(w):
+        shared = torch.matmul(w.unflatten(1, (groups, -1)), x)
+    return mass + w.sum(-1), moment + shared.flatten(1, 2)
+
+
 @torch.library.custom_op("infsa::linear_state_update", mutates_args=())
 def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Add weighted tokens to a state: mass + Σ wₙ and moment + Σ wₙ xₙ (ONNX `infsa::LinearInfSAStateUpdate`).
@@ -57,14 +71,7 @@ def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: T
         RuntimeError: shapes that don't fit together, or a state that is neither float32 nor float64.
     """
     _check(weights, values, mass, moment)
-    w = weights.to(mass.dtype)
-    x = values.to(moment.dtype)
-    groups = x.shape[1]
-    if groups == w.shape[1]:
-        # a sum and not a product with one row, which adds one token after the other: 1e-5 off at 332k tokens
-        return mass + w.sum(-1), moment + (w[..., None] * x).sum(-2)
-    shared = torch.matmul(w.unflatten(1, (groups, -1)), x)
-    return mass + w.sum(-1), moment + shared.flatten(1, 2)
+    return _update(weights, values, mass, moment)
 
 
 @linear_state_update.register_fake
@@ -73,20 +80,4 @@ def _(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tuple[Te
     return torch.empty_like(mass), torch.empty_like(moment)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    weights, values, _, _ = inputs
-    ctx.save_for_backward(weights, values)
-
-
-def _backward(ctx: Any, grad_mass: Tensor, grad_moment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, values = ctx.saved_tensors
-    groups = values.shape[1]
-    by_group = grad_moment.unflatten(1, (groups, -1))
-    from_moment = torch.matmul(by_group, values.to(grad_moment.dtype).transpose(-1, -2)).flatten(1, 2)
-    grad_weights = grad_mass[..., None] + from_moment
-    w = weights.to(grad_moment.dtype).unflatten(1, (groups, -1))
-    grad_values = torch.matmul(w.transpose(-1, -2), by_group)
-    return grad_weights.to(weights.dtype), grad_values.to(values.dtype), grad_mass, grad_moment
-
-
-linear_state_update.register_autograd(_backward, setup_context=_setup_context)
+register_derivatives(linear_state_update, _update)

@@ -1,14 +1,13 @@
-"""`infsa::neumann_kernel`, registered with torch: kernels, shapes, gradient."""
+"""`infsa::neumann_kernel`, registered with torch: kernels, shapes, derivatives."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from infsa_ops.affinity_launch import sweeps_for
-from infsa_ops.common import EPSILON, check_qkv, per_head
+from infsa_ops.common import EPSILON, at_least_float32, check_qkv, no_autocast, per_head
+from infsa_ops.derivatives import register_derivatives
 from infsa_ops.neumann_kernel import reference
 from infsa_ops.sweeps import TILED, Sweeps
 
@@ -20,13 +19,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:
 
 
 def _series(sweeps: Sweeps, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
-    product, squares = sweeps.product_and_squares(q, k, v)
-    scale = per_head(rho, product) / (squares.sqrt().to(product.dtype)[..., None, None] + EPSILON)
-    term = product.mul_(scale)
-    total = term
-    for _ in range(terms - 1):
-        term = sweeps.product(q, k, term).mul_(scale)
-        total = total + term
+    with no_autocast(q):
+        product, squares = sweeps.product_and_squares(q, k, v)
+        scale = per_head(rho, product) / (squares.sqrt().to(product.dtype)[..., None, None] + EPSILON)
+        term = product.mul_(scale)
+        total = term
+        for _ in range(terms - 1):
+            term = sweeps.product(q, k, term).mul_(scale)
+            total = total + term
     return torch.empty_like(v).copy_(total)
 
 
@@ -48,22 +48,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
     return torch.empty_like(v)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.terms = inputs
-    ctx.save_for_backward(*tensors)
+def _definition(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
+    """Return the series by the whole N×N matrix: the derivatives' memory is quadratic in N."""
+    dtype = at_least_float32(q.dtype)
+    with no_autocast(q):
+        return reference.neumann_kernel(q.to(dtype), k.to(dtype), v.to(dtype), rho, terms).to(v.dtype)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # Recomputed through the dense reference: training is where N×N fits.
-    needed = ctx.needs_input_grad[:4]
-    q, k, v, rho = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True))
-    with torch.enable_grad():
-        out = reference.neumann_kernel(q, k, v, rho, ctx.terms)
-    grads = iter(torch.autograd.grad(out, [t for t in (q, k, v, rho) if t.requires_grad], grad))
-    return (*(next(grads) if need else None for need in needed), None)
-
-
-_neumann_kernel.register_autograd(_backward, setup_context=_setup_context)
+register_derivatives(_neumann_kernel, _definition)
 
 
 def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int = 1) -> Tensor:
@@ -85,6 +77,6 @@ def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: 
         ValueError: ρ of another shape.
         RuntimeError: shapes that don't fit together, or `terms` below 1.
     """
-    rho = torch.as_tensor(rho, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    rho = torch.as_tensor(rho, dtype=at_least_float32(q.dtype), device=q.device)
     out: Tensor = _neumann_kernel(q, k, v, rho, terms)
     return out
