@@ -55,8 +55,8 @@ def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
     for start in range(0, rows.height, factor):
         strip = rows.read(start, min(start + factor, rows.height))
         sums = np.add.reduceat(strip.sum(0, dtype=np.float64), columns, axis=0)
-        found.append(sums / (counts * len(strip)))
-    return np.round(np.stack(found)).astype(np.uint8), (rows.height, rows.width)
+        found.append(np.round(sums / (counts * len(strip))).astype(np.uint8))
+    return np.stack(found), (rows.height, rows.width)
 
 
 def region(

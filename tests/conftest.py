@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import settings
 from PIL import Image
 from safetensors.numpy import load_file
 from support import GOLDEN, ZOO, script
 
 from infexport.cli import cli
+
+settings.register_profile("untimed", deadline=None)  # other work may go on beside the tests
+settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:
