@@ -1,5 +1,8 @@
 """Tiles of queries in ONNX: N×N never exists, whatever N is, in one graph. Shared by the bodies of Pure InfSA.
 
+Every axis may be empty. Inside it is one zero long: ONNX Runtime refuses a Scan without steps, and its 1.24 is ended by
+an integer division by zero.
+
 A step takes the queries of one tile and all keys, of one head or of all heads of an image. In float32 it takes one head
 where all would not stay in a CPU's cache: that made a layer of 4097 tokens faster by a sixth. In half types, which are
 for GPUs, it takes all; its operands are scaled to at most 1, so that nothing overflows, and every sum is float32.
@@ -27,7 +30,8 @@ class Tiling:
 
     Attributes:
         dtype: of q.
-        batch, heads, tokens: B, H, N.
+        outer, tokens: (B, H) as one value of shape `[2]`, and N.
+        batch, heads: B, H, at least 1.
         groups: B·H / per.
         per: heads a step takes.
         count, rows: tiles of a head, all of `rows` queries; the last is filled up with zero queries, whose affinities
@@ -35,9 +39,10 @@ class Tiling:
     """
 
     dtype: ir.DataType
+    outer: ir.Value
+    tokens: ir.Value
     batch: ir.Value
     heads: ir.Value
-    tokens: ir.Value
     groups: ir.Value
     per: ir.Value
     count: ir.Value
@@ -46,20 +51,28 @@ class Tiling:
 
 def tiling(op: Any, q: ir.Value, k: ir.Value, dtype: ir.DataType) -> Tiling:
     """The tiling of queries `[B, H, N, d]` of `dtype` for keys `[B, H, M, d]`."""
-    batch, heads, tokens = (op.Shape(q, start=axis, end=axis + 1) for axis in range(3))
+    outer, tokens = op.Shape(q, end=2), op.Shape(q, start=2, end=3)
+    batch, heads = (op.Max(op.Shape(q, start=axis, end=axis + 1), [1]) for axis in range(2))
     largest = 2 * TILE if dtype == ir.DataType.FLOAT else TILE
-    count = op.Div(op.Add(tokens, [largest - 1]), [largest])
-    rows = op.Div(op.Sub(op.Add(tokens, count), [1]), count)
+    queries = op.Max(tokens, [1])
+    count = op.Div(op.Add(queries, [largest - 1]), [largest])
+    rows = op.Div(op.Sub(op.Add(queries, count), [1]), count)
     groups = batch
     if dtype == ir.DataType.FLOAT:
         cached = op.LessOrEqual(op.Mul(op.Mul(heads, rows), op.Shape(k, start=2, end=3)), [CACHED])
         groups = op.Where(cached, batch, op.Mul(batch, heads))
-    return Tiling(dtype, batch, heads, tokens, groups, op.Div(op.Mul(batch, heads), groups), count, rows)
+    return Tiling(dtype, outer, tokens, batch, heads, groups, op.Div(op.Mul(batch, heads), groups), count, rows)
+
+
+def nonempty(op: Any, x: ir.Value) -> ir.Value:
+    """Return x with every empty axis one zero long."""
+    shape = op.Shape(x)
+    return op.Pad(x, op.Concat(op.Sub(shape, shape), op.Max(op.Sub([1], shape), [0]), axis=0))
 
 
 def largest(op: Any, x: ir.Value) -> ir.Value:
     """The largest magnitude per head of x `[B, H, N, d]`, float32 `[B, H, 1, 1]`; 1 where all of it is zero."""
-    magnitude = op.ReduceMax(op.Abs(op.Cast(x, to=ir.DataType.FLOAT)), [-2, -1], keepdims=1)
+    magnitude = op.ReduceMax(op.Abs(op.Cast(nonempty(op, x), to=ir.DataType.FLOAT)), [-2, -1], keepdims=1)
     return op.Where(op.Equal(magnitude, 0.0), 1.0, magnitude)
 
 
@@ -116,7 +129,8 @@ def squares(op: Any, affinity: ir.Value) -> ir.Value:
 def total(op: Any, cut: Tiling, tiles: ir.Value) -> ir.Value:
     """The sum over all tiles of `[steps, per, 1, 1]`: `[B, H, 1, 1]`."""
     by_tile = op.Reshape(tiles, op.Concat(cut.groups, cut.count, cut.per, axis=0))
-    return op.Reshape(op.ReduceSum(by_tile, [1], keepdims=0), op.Concat(cut.batch, cut.heads, [1, 1], axis=0))
+    whole = op.Reshape(op.ReduceSum(by_tile, [1], keepdims=0), op.Concat(cut.batch, cut.heads, [1, 1], axis=0))
+    return op.Slice(whole, [0, 0], cut.outer, [0, 1])
 
 
 def product_and_squares(
@@ -134,11 +148,12 @@ def product_and_squares(
 
 def join(op: Any, cut: Tiling, tiles: ir.Value, v: ir.Value) -> ir.Value:
     """Tiles `[steps, per, rows, d_v]` as `[B, H, N, d_v]`, the filling cut off; d_v as of v."""
-    width = op.Shape(v, start=3)
+    width = op.Max(op.Shape(v, start=3), [1])
     by_tile = op.Reshape(tiles, op.Concat(cut.groups, cut.count, cut.per, cut.rows, width, axis=0))
     by_head = op.Transpose(by_tile, perm=[0, 2, 1, 3, 4])
     whole = op.Reshape(by_head, op.Concat(cut.batch, cut.heads, [-1], width, axis=0))
-    return op.Slice(whole, [0], cut.tokens, [2])
+    ends = op.Concat(cut.outer, cut.tokens, op.Shape(v, start=3), axis=0)
+    return op.Slice(whole, [0, 0, 0, 0], ends, [0, 1, 2, 3])
 
 
 def scan(
@@ -164,13 +179,13 @@ def scan(
         Each of the outputs over all steps, `[groups·count, …]`: `total` and `join` put them together.
     """
     width = op.Shape(q, start=3)
-    missing = op.Sub(op.Mul(cut.count, cut.rows), cut.tokens)
-    padded = op.Pad(q, op.Concat([0, 0, 0, 0, 0, 0], missing, [0], axis=0))
+    filled = op.Concat(cut.batch, cut.heads, op.Mul(cut.count, cut.rows), width, axis=0)
+    padded = op.Pad(q, op.Concat([0, 0, 0, 0], op.Sub(filled, op.Shape(q)), axis=0))
     by_tile = op.Reshape(padded, op.Concat(cut.groups, cut.per, cut.count, cut.rows, width, axis=0))
     by_tile = op.Transpose(by_tile, perm=[0, 2, 1, 3, 4])
     queries = op.Reshape(by_tile, op.Concat([-1], cut.per, cut.rows, width, axis=0))
     grouped = []
-    for operand in operands:
+    for operand in (nonempty(op, x) for x in operands):
         grouped.append(op.Reshape(operand, op.Concat(cut.groups, cut.per, op.Shape(operand, start=2), axis=0)))
     steps = op.Squeeze(op.Mul(cut.groups, cut.count))
     group_of = op.Div(op.Range(0, steps, 1), op.Squeeze(cut.count))

@@ -11,6 +11,7 @@ import onnxscript
 import torch
 
 from infsa_ops.linear_state import op as _registration  # noqa: F401  (registers the torch op)
+from infsa_ops.tiles import nonempty
 
 NAME = "LinearInfSAStateUpdate"
 TORCH_OP = torch.ops.infsa.linear_state_update.default
@@ -46,10 +47,11 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
         # float32 whatever the tokens are: in half precision a sum over 332k tokens overflows
         w = op.Cast(weights, to=ir.DataType.FLOAT)
         x = op.Cast(values, to=ir.DataType.FLOAT)
-        mass_out = op.Add(mass, op.ReduceSum(w, [-1], keepdims=0))
+        # ONNX Runtime 1.24 leaves the axis where it sums over nothing
+        mass_out = op.Add(mass, op.ReduceSum(nonempty(op, w), [-1], keepdims=0))
         # [B, G, H/G, N] times [B, G, N, d]: the heads of a group are the rows of one product
         shape, groups = op.Shape(w), op.Gather(op.Shape(x), [1])
-        heads = op.Div(op.Gather(shape, [1]), groups)
+        heads = op.Div(op.Gather(shape, [1]), op.Max(groups, [1]))
         split = op.Concat(op.Gather(shape, [0]), groups, heads, op.Gather(shape, [2]), axis=0)
         rows = op.Reshape(w, split, allowzero=1)  # a chunk may have no tokens
         added = op.Reshape(op.MatMul(rows, x), op.Shape(moment), allowzero=1)
