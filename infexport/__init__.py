@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -11,6 +10,7 @@ __version__ = "0.1.0"
 # once, when it is imported
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+TYPE_CHECKING = False  # as type checkers know it; the module `typing` takes longer than all of this
 if TYPE_CHECKING:
     from infexport.graph import export
     from infexport.predictor import Predictor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Predictor", "__version__", "export"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # torch is imported only by who exports: the command line must answer without it
     if name == "export":
         from infexport.graph import export

@@ -1,24 +1,64 @@
 """The `infexport` command."""
 
+from __future__ import annotations
+
+import os
 import signal
 import sys
-import traceback
 
-from infexport.cli import cli
+TYPE_CHECKING = False  # until `main` has begun, an interrupt is Python's to tell: no import that can wait
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 3 a bug in infexport."""
-    # so that what is half-written is cleaned up
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    """Run the command line.
+
+    Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 3 a bug in infexport; 128 and a signal's number
+    where one has ended it: 130 where it was interrupted, 141 where nobody reads its output any more.
+    """
+    _on_signals(_end_now)
+    from infexport.cli import cli
+    from infexport.cli.output import exit_code, tell_bug
+    from infexport.standard_streams import open_streams
+
+    open_streams()
+    _on_signals(_end)
     try:
         cli(prog_name="infexport")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code == 128 + signal.SIGINT:
+            print("interrupted", file=sys.stderr)
     except Exception:
-        traceback.print_exc()
-        print("this is a bug in infexport: please report it with the lines above", file=sys.stderr)
-        sys.exit(3)
+        tell_bug()
+        code = 3
+    code = exit_code(code)
+    _on_signals(_end_now)
+    sys.exit(code)
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End with what is half-written cleaned up."""
+    sys.exit(128 + number)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    """End where there is nothing to clean up: Python's imports and its own end print exceptions, or lose them."""
+    if number == signal.SIGINT:
+        try:  # noqa: SIM105
+            os.write(2, b"interrupted\n")
+        except OSError:
+            pass
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

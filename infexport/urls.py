@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import quote, unquote, unquote_plus
 
 HIDDEN = "…"
@@ -60,8 +61,15 @@ def scrubbed(text: str, *urls: str) -> str:
     """A text without what is secret in these URLs, however it is quoted, and without what may be in any other."""
     secrets = {secret for url in urls for secret in _secrets(url)}
     for secret in sorted(secrets, key=len, reverse=True):
-        text = re.sub(_pattern(secret), HIDDEN, text)
+        # no way of quoting changes letters: most are not there
+        if max(re.split("[^A-Za-z0-9]+", secret), key=len) in text:
+            text = re.sub(_pattern(secret), HIDDEN, text)
     return _URL.sub(lambda found: shown(found[0]), text)
+
+
+def urls_in(arguments: Iterable[str]) -> list[str]:
+    """URLs among what somebody has typed, as values of options, too, and with slashes missing."""
+    return [text[found.start() :] for text in arguments if (found := _SCHEME.search(text))]
 
 
 def _goes_on(before: str, text: str) -> bool:
@@ -91,8 +99,10 @@ def _segment(text: str) -> Segment:
     return Segment(scheme, userinfo, host, path, parts[3])
 
 
-def _secrets(url: str) -> Iterator[str]:
+@lru_cache(4096)
+def _secrets(url: str) -> frozenset[str]:
     """What is secret in a URL: whole, in parts, and with its quoting undone."""
+    found: set[str] = set()
     for segment in segments(url):
         name, _, password = segment.userinfo.partition(":")
         values = [segment.userinfo, name, password, segment.rest[1:]]
@@ -104,8 +114,9 @@ def _secrets(url: str) -> Iterator[str]:
             for undone in (unquote, unquote_plus):
                 level, last = value, ""
                 while level and level != last:
-                    yield level
+                    found.add(level)
                     level, last = undone(level), level
+    return frozenset(found)
 
 
 def _pattern(secret: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import re
 import shlex
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from infexport.errors import InfexportError
+from infexport.standard_streams import stdout_error
 
 
 class Output:
@@ -26,17 +30,17 @@ class Output:
         self.as_json = as_json
 
     def status(self, message: str) -> None:
-        click.echo(printable(message), err=True)
+        click.echo(printable(_clean(message)), err=True)
 
     def warning(self, message: str) -> None:
-        click.echo(click.style("warning: ", fg="yellow", bold=True) + printable(message), err=True)
+        click.echo(click.style("warning: ", fg="yellow", bold=True) + printable(_clean(message)), err=True)
 
     def error(self, error: InfexportError) -> None:
-        click.echo(click.style("error: ", fg="red", bold=True) + _in_a_line(error.summary), err=True)
-        for line in error.details.splitlines():
+        click.echo(click.style("error: ", fg="red", bold=True) + _in_a_line(_clean(error.summary)), err=True)
+        for line in _clean(error.details).splitlines():
             click.echo(f"  {printable(line)}", err=True)
         if error.hint:
-            click.echo(click.style("hint: ", fg="cyan", bold=True) + _in_a_line(error.hint), err=True)
+            click.echo(click.style("hint: ", fg="cyan", bold=True) + _in_a_line(_clean(error.hint)), err=True)
 
     def data(self, text: str, word: str = "", **style: Any) -> None:
         """A line for people; silent when machines read.
@@ -54,7 +58,10 @@ class Output:
         """For machines; silent when people read."""
         if self.as_json:
             text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-            click.echo(text.encode("utf-8", "replace").decode())  # a file name may be no UTF-8
+            text = text.encode("utf-8", "replace").decode()  # a file name may be no UTF-8
+            if not getattr(sys.stdout, "has_all", True):  # then JSON's own way to write a character
+                text = re.sub("[^\0-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+            click.echo(text)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Columns as wide as they must be, numbers to the right."""
@@ -171,8 +178,22 @@ TYPED = "infexport.typed"
 
 
 def command_line() -> str:
-    """What the user typed, as a shell takes it."""
-    return shlex.join(["infexport", *click.get_current_context().meta[TYPED]])
+    """What the user typed, as a shell takes it; without what may be secret in URLs."""
+    return _clean(shlex.join(["infexport", *click.get_current_context().meta[TYPED]]))
+
+
+def _clean(text: str) -> str:
+    """A text without what is secret in the URLs that were typed."""
+    context = click.get_current_context(silent=True)
+    return _without_secrets(text, context.meta.get(TYPED, ()) if context else ())
+
+
+def _without_secrets(text: str, typed: Sequence[str]) -> str:
+    if not any(":/" in argument for argument in typed):
+        return text
+    from infexport.urls import scrubbed, urls_in
+
+    return scrubbed(text, *urls_in(typed))
 
 
 class ErrorGroup(click.Group):
@@ -185,35 +206,30 @@ class ErrorGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
-    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
-        with _printable_usage():
-            return super().make_context(*arguments, **more)
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **more: Any) -> click.Context:
+        with _printable_usage(tuple(args)):
+            return super().make_context(info_name, args, *others, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
         logging.getLogger("infexport").addHandler(LOGGED)
         try:
-            with _printable_usage():
+            with _printable_usage(ctx.meta[TYPED]):
                 return super().invoke(ctx)
         except InfexportError as error:
             fail(error)
-        except BrokenPipeError:
-            raise  # click ends quietly when whoever reads the output has gone
         except OSError as error:
             summary = f"{error.strerror or error}: {error.filename or 'while reading or writing'}"
             fail(InfexportError(summary, hint="check the path, its permissions and the room left on the disk"))
         except MemoryError as error:
             fail(InfexportError("not enough memory", str(error), "try smaller sizes or a smaller --batch-size"))
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            raise click.exceptions.Exit(130) from None
 
 
 @contextmanager
-def _printable_usage() -> Iterator[None]:
+def _printable_usage(typed: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:  # it says what was typed
-        vars(error)["message"] = printable(error.message)  # click declares it final
+        vars(error)["message"] = printable(_without_secrets(error.message, typed))  # click declares it final
         raise
 
 
@@ -230,3 +246,24 @@ LOGGED = Logged(logging.WARNING)
 def fail(error: InfexportError) -> NoReturn:
     Output().error(error)
     raise click.exceptions.Exit(2)
+
+
+def tell_bug() -> None:
+    """Show the exception that is being handled, which is none that a user can act on."""
+    click.echo(_without_secrets(traceback.format_exc(), sys.argv[1:]), err=True, nl=False)
+    click.echo("this is a bug in infexport: please report it with the lines above", err=True)
+
+
+def exit_code(code: int) -> int:
+    """The exit code of a command that ends with `code`, after all has been written to stdout, or could not be.
+
+    An output that is lost is an error of its own; a reader that has left wants no more, which is none.
+    """
+    error = stdout_error()
+    if error is None:
+        return code
+    if error.errno == errno.EPIPE:
+        return code or 128 + signal.SIGPIPE
+    summary = f"cannot write to standard output: {error.strerror or error}"
+    Output().error(InfexportError(summary, hint="let it lead to a terminal, or to a file on a disk with room"))
+    return max(code, 2)
