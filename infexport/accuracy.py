@@ -129,7 +129,7 @@ def agreement(x: Logits, y: Logits) -> Agreement:
     if x.shape != y.shape:
         raise ValueError(f"logits have shape {x.shape}, expected the others', {y.shape}")
     x, y = x.astype(np.float64), y.astype(np.float64)
-    finite = np.asarray(np.isfinite(x).all(1) & np.isfinite(y).all(1))
+    finite = np.isfinite(np.concatenate([x, y], axis=1)).all(axis=1)
     x, y = (np.where(finite[:, None], rows, 0.0) for rows in (x, y))
     norms = np.linalg.norm(y, axis=1)
     differences = np.where(finite, np.linalg.norm(x - y, axis=1) / np.where(norms > 0, norms, 1.0), np.inf)

@@ -146,7 +146,7 @@ def _parts(bundle: Bundle, plan: Plan) -> list[_Part]:
         raise InfexportError(
             f"--precision {plan.precision} {'without' if plan.precision == 'int8' else 'with'} --calibrate",
             "an int8 engine has ranges of activations that images fix; the others have none",
-            "give --precision int8 --calibrate IMAGES, a few hundred of the kind it will see",
+            "give --precision int8 --calibrate IMAGES, a few hundred of the kind it will see, or neither of the two",
         )
     if plan.precision not in ("fp32", "tf32"):
         require("onnx", "onnx_ir", extra="export")
@@ -158,7 +158,7 @@ def _parts(bundle: Bundle, plan: Plan) -> list[_Part]:
         raise InfexportError(
             "this bundle has no stages to build engines for",
             "it was converted with --no-fold, or by an earlier infexport",
-            "convert the checkpoint again",
+            "convert the checkpoint again, without --no-fold",
         )
     check_stages(manifest, plan.chunk, plan.target, bundle.weights, plan.memory)
     stages = {stage.graph: stage for stage in manifest.stages}
@@ -218,6 +218,7 @@ def _build(
             "images": [str(file.absolute()) for file in plan.calibrate],
             "scratch": str(scratch.absolute()),
         },
+        "options": "smaller --sizes or --batch" if plan.execution == "whole" else "a smaller --chunk",
         "builds": [
             {
                 "name": part.graph,

@@ -52,7 +52,9 @@ class Builder:
             f"timing-{self._backend.name}-{self.trt.__version__}-{request['gpu'] or self._target.capability}.cache"
         )
 
-    def build(self, name: str, graph: Path, engine: Path, profile: dict[str, list[list[int]]]) -> dict[str, Any]:
+    def build(
+        self, name: str, graph: Path, engine: Path, profile: dict[str, list[list[int]]], options: str
+    ) -> dict[str, Any]:
         """Parse, check and build.
 
         Args:
@@ -60,6 +62,7 @@ class Builder:
             graph: an ONNX file.
             engine: the file to write.
             profile: input → minimum, best and maximum shape, for inputs whose shapes vary.
+            options: that make it smaller, for people.
 
         Returns:
             `layers`, their number by kind and type, and `log`, what the library said.
@@ -89,7 +92,7 @@ class Builder:
             raise InfexportError(
                 f"{self._backend.name} could not build {name}",
                 "\n".join(reasons) or "it does not say why",
-                "try smaller --sizes or --batch",
+                f"try {options}",
             )
         with engine.open("wb") as file:
             file.write(memoryview(plan))
@@ -171,8 +174,8 @@ def work(request: dict[str, Any], tell: Tell) -> None:
     """Build all engines of a request.
 
     Args:
-        request: as of `Builder`, and `lowering`, fields of `lowering.Lowering`; `builds`, each with `name`, `graph`,
-            `engine` and `profile`.
+        request: as of `Builder`, and `lowering`, fields of `lowering.Lowering`; `options`, as of `Builder.build`;
+            `builds`, each with `name`, `graph`, `engine` and `profile`.
         tell: takes `version`, the library's; `status` and `phase`; of every engine `built`: `seconds`, `layers`, `log`.
 
     Raises:
@@ -194,7 +197,7 @@ def work(request: dict[str, Any], tell: Tell) -> None:
         started = time.perf_counter()
         tell({"status": f"building {build['name']}"})
         graph = lowering.graph(Path(build["graph"]))
-        found = builder.build(build["name"], graph, Path(build["engine"]), build["profile"])
+        found = builder.build(build["name"], graph, Path(build["engine"]), build["profile"], request["options"])
         tell({"built": {"seconds": time.perf_counter() - started, **found}})
 
 

@@ -83,7 +83,7 @@ def choose(bundle: Bundle, kind: Kind, name: str | None = None, gpu: Gpu | None 
         raise InfexportError(
             "engines need an NVIDIA GPU and its driver",
             "nvidia-smi names no GPU here",
-            "run the bundle in ONNX Runtime instead: --provider cpu",
+            "run the bundle in ONNX Runtime instead: --provider cpu" + (", without --engine" if name else ""),
         )
     sets = [each for each in sets_of(bundle, kind) if name in (None, each.name)]
     fitting = [each for each in sets if not refusal(each, gpu)]

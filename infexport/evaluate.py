@@ -20,6 +20,7 @@ from infexport.errors import InfexportError
 from infexport.labelled import Classes, Labelled
 from infexport.options import InferenceOptions
 from infexport.outputs import written
+from infexport.parity import NETWORK
 from infexport.predictions import ELSEWHERE, Failure, Prediction, Row
 from infexport.predictor import Predictor
 from infexport.run import Listener
@@ -159,6 +160,7 @@ class Report:
         }
         if self.pytorch_accuracy is not None and self.agreement is not None:
             document["pytorch"] = {
+                "compared": f"the bundle with {NETWORK}",
                 "version": self.pytorch,
                 "images": len(self.compared),
                 **self._accuracy_to_dict(self.pytorch_accuracy),

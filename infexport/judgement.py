@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
 from infexport.layerwise import Part
-from infexport.parity import Comparison, Tolerance
+from infexport.parity import NETWORK, Comparison, Tolerance
 
 Logits = NDArray[np.floating[Any]]
 
@@ -85,6 +85,11 @@ class Report:
         return bool(self.cases) and not self.failed and all(self.cases)
 
     @property
+    def compared(self) -> str:
+        """What was compared, in words."""
+        return f"the bundle with {NETWORK}"
+
+    @property
     def verdict(self) -> str:
         """In words."""
         verdict = "parity holds" if self else "parity FAILED"
@@ -107,6 +112,7 @@ class Report:
             "checkpoint": str(self.checkpoint),
             "passed": bool(self),
             "verified": self.verified,
+            "compared": self.compared,
             "ran": self.ran,
             "culprit": self.culprit,
             "tolerance": {

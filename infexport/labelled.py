@@ -137,7 +137,9 @@ def _indices(told: Sequence[str], names: Sequence[str], classes: Classes, where:
     by_label, by_index = ({name: read(name) for name in set(names)} for read in (classes.by_label, classes.by_index))
     labels, numbers = ([found[name] for name in names] for found in (by_label, by_index))
     if all(labels):
-        if vague := [f"{each}: {' or '.join(map(str, found))}" for each, found in zip(told, labels, strict=True) if found[1:]]:
+        if vague := [
+            f"{each}: {' or '.join(map(str, found))}" for each, found in zip(told, labels, strict=True) if found[1:]
+        ]:
             hint = "name every class by its index"
             raise InfexportError(f"{where} that name more than one class", _some(vague), hint)
         return [found[0] for found in labels]

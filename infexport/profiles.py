@@ -12,7 +12,7 @@ from infexport.errors import InfexportError
 from infexport.execution import size_text
 from infexport.manifest import Manifest, Stage
 from infexport.stream.driver import BY_TOKEN, PAIR_CHUNKS
-from infexport.targets import Target
+from infexport.targets import TARGETS, Target
 
 Shapes = dict[str, list[list[int]]]
 """Input → its minimum, best and maximum shape."""
@@ -61,18 +61,25 @@ def profile_of(manifest: Manifest, sizes: list[Side] | None, batches: list[int] 
         sizes = [(patch, patch), (size, size), (largest, largest)]
     for height, width in sizes:
         if height % patch or width % patch:
-            near = "x".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
+            near = [(max(1, round(high / patch)) * patch, max(1, round(wide / patch)) * patch) for high, wide in sizes]
             raise InfexportError(
                 f"{height}x{width} is not a whole number of patches",
                 f"expected multiples of the model's patch, {patch}",
-                f"for example --sizes {near}",
+                f"for example --sizes {_listed(near)}",
             )
     low, best, high = _three(sizes, "--sizes")
     if any(not a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
-        raise InfexportError("--sizes are not in order", _text(sizes), "expected the smallest, the best, the largest")
+        ordered = list(zip(*(sorted(sides) for sides in zip(*sizes, strict=True)), strict=True))
+        raise InfexportError(
+            "--sizes are not in order",
+            "received " + ", ".join(f"{height}x{width}" for height, width in sizes),
+            f"expected the smallest, the best, the largest: --sizes {_listed(ordered)}",
+        )
     low_batch, best_batch, high_batch = _three(batches or [1, 1, 8], "--batch")
     if not low_batch <= best_batch <= high_batch:
-        raise InfexportError("--batch is not in order", f"received {batches}", "expected least, best, most")
+        ordered_batches = ",".join(map(str, sorted(batches or ())))
+        hint = f"expected least, best, most: --batch {ordered_batches}"
+        raise InfexportError("--batch is not in order", f"received {batches}", hint)
     return Profile((low, best, high), (low_batch, best_batch, high_batch))
 
 
@@ -84,8 +91,9 @@ def _three(values: Sequence[T], option: str) -> tuple[T, T, T]:
     return values[0], values[len(values) // 2], values[-1]
 
 
-def _text(sizes: list[Side]) -> str:
-    return "received " + ", ".join(f"{height}x{width}" for height, width in sizes)
+def _listed(sizes: Sequence[Side]) -> str:
+    """Sizes as `--sizes` takes them."""
+    return ",".join(f"{height}x{width}" for height, width in sizes)
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def check_whole(manifest: Manifest, profile: Profile, target: Target, weights: i
         memory: bytes to fit instead of the target's.
 
     Raises:
-        InfexportError: names the tensor, and the largest square that fits at this batch.
+        InfexportError: names the tensor, the largest square that fits at this batch, and options that are accepted.
     """
     patch, batch = manifest.config["patch_size"], profile.batches[2]
     height, width = profile.sizes[2]
@@ -140,23 +148,53 @@ def check_whole(manifest: Manifest, profile: Profile, target: Target, weights: i
     else:
         return
 
-    def fits(side: int) -> bool:
-        count = (side // patch) ** 2 + 1
-        counted = max(tensor.elements(batch, count) for tensor in tensors) <= INT32_MAX
-        return counted and (room is None or peak(manifest, weights, batch, count) <= room)
+    def fits(batch: int, tokens: int, room: int | None = room) -> bool:
+        counted = max(tensor.elements(batch, tokens) for tensor in tensors) <= INT32_MAX
+        return counted and (room is None or peak(manifest, weights, batch, tokens) <= room)
 
-    side = patch
-    while fits(2 * side):
-        side *= 2
-    while fits(side + patch):
-        side += patch
-    best = f"the largest that fits at batch {batch} is {side}x{side}" if fits(patch) else "no size fits at this batch"
-    shape = largest.shape(batch, tokens)
+    sides = _largest(lambda count: fits(batch, count**2 + 1))
+    side, most = patch * sides, _largest(lambda count: fits(count, tokens))
+    best = f"the largest that fits at batch {batch} is {side}x{side}" if sides else "no size fits at this batch"
+    remedies = []
+    if sides:
+        smaller = [(min(high, side), min(wide, side)) for high, wide in profile.sizes]
+        remedies.append(f"smaller images: --sizes {_listed(smaller)}")
+    if most:
+        remedies.append(f"fewer at once: --batch {','.join(str(min(count, most)) for count in profile.batches)}")
+    if chunk := _chunk(manifest, room, weights):
+        remedies.append(f"engines that take images of any size: --execution stream --chunk {chunk}")
+    least = f"with --sizes {patch}x{patch} --batch 1, "
+    for options, count, seen in (("", batch, tokens), (least, 1, 2)):
+        if not remedies and fits(count, seen, None):
+            more = _room(peak(manifest, weights, count, seen), memory, target)
+            remedies = [options + more] if more else []
     raise InfexportError(
-        problem,
-        f"at {height}x{width}, batch {batch}: {largest.name}, {shape}\n{best}",
-        "give smaller --sizes or --batch; or --execution stream, which builds engines that take images of any size",
-    )
+        problem, f"at {height}x{width}, batch {batch}: {largest.name}, {largest.shape(batch, tokens)}\n{best}",
+        "; or ".join(remedies or [NO_ROOM]),
+    )  # fmt: skip
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that fits, where all below it do; 0 where not even 1 does."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _room(needed: int, memory: int | None, target: Target) -> str:
+    """Return options that give an engine the memory it needs, in words; empty where none do."""
+    if memory is not None and (target.memory is None or needed <= target.memory):
+        return f"let it take more of the GPU: --memory {size_text(needed, up=True)}"
+    larger = [each.name for each in TARGETS.values() if each.memory is not None and needed <= each.memory]
+    less = "" if memory is None else " without --memory"
+    return f"build for a GPU that has the room: --target {' or '.join(larger)}{less}" if larger else ""
+
+
+NO_ROOM = "no GPU that is known here has the room"
 
 
 def peak(manifest: Manifest, weights: int, batch: int, tokens: int) -> int:
@@ -172,37 +210,51 @@ def check_stages(manifest: Manifest, chunk: int, target: Target, weights: int, m
     """Refuse a chunk whose tensors TensorRT cannot count or the GPU cannot hold, all stages being on it.
 
     Raises:
-        InfexportError: names the tensor, and the largest chunk that fits.
+        InfexportError: names the tensor, and a chunk that fits; where none does, what has the room.
     """
-    config, room = manifest.config, memory or target.memory
-    stages = {stage.graph: stage for stage in manifest.stages or ()}
-
-    def largest(chunk: int) -> Tensor:
-        pixels, block = STRIP_ROWS * chunk + 1, PAIR_CHUNKS * chunk
-        tensors = [*tensors_of(manifest)[:2], Tensor("a block's queries", lambda b, n: [b, block, config["embed_dim"]])]
-        strip = Tensor("a strip's pixels", lambda b, n: tensors_of(manifest)[2].shape(b, pixels))
-        return max([*tensors, strip], key=lambda tensor: tensor.elements(1, chunk))
-
-    def needed(chunk: int) -> int:
-        rows = {"nothing": 1, "class_token": 1, "pairs": PAIR_CHUNKS * chunk}
-        return weights + sum(peak(manifest, 0, 1, rows.get(stage.over, chunk)) for stage in stages.values())
-
-    def fits(chunk: int) -> bool:
-        return largest(chunk).elements(1, chunk) <= INT32_MAX and (room is None or needed(chunk) <= room)
-
-    if fits(chunk):
+    room = memory or target.memory
+    if _fits_chunk(manifest, chunk, room, weights):
         return
-    best = 1
-    while fits(2 * best):
-        best *= 2
-    tensor = largest(chunk)
+    tensor, needed = _widest(manifest, chunk), _stages_peak(manifest, chunk, weights)
+    least = _stages_peak(manifest, 1, weights)
+    if best := _chunk(manifest, room, weights):
+        remedy = f"a chunk that fits: --chunk {best}"
+    else:
+        more = _room(least, memory, target)
+        remedy = f"with --chunk 1, {more}" if more else NO_ROOM
     raise InfexportError(
         f"--chunk {chunk} is too large for {target.name}",
         f"{tensor.name}, {tensor.shape(1, chunk)}, has {tensor.elements(1, chunk):,} elements, TensorRT counts "
-        f"{INT32_MAX:,}; the stages would need about {size_text(needed(chunk))}"
-        + ("" if room is None else f" of {size_text(room)}"),
-        f"a chunk that fits: --chunk {best}",
+        f"{INT32_MAX:,}; the stages would need about {size_text(needed)}"
+        + ("" if room is None else f" of {size_text(room)}")
+        + ("" if best else f", and {size_text(least)} with the smallest chunk"),
+        remedy,
     )
+
+
+def _chunk(manifest: Manifest, room: int | None, weights: int) -> int:
+    """Return the largest chunk that fits; 0 where none does, or there are no stages."""
+    return _largest(lambda chunk: _fits_chunk(manifest, chunk, room, weights)) if manifest.stages else 0
+
+
+def _fits_chunk(manifest: Manifest, chunk: int, room: int | None, weights: int) -> bool:
+    counted = _widest(manifest, chunk).elements(1, chunk) <= INT32_MAX
+    return counted and (room is None or _stages_peak(manifest, chunk, weights) <= room)
+
+
+def _widest(manifest: Manifest, chunk: int) -> Tensor:
+    """Return the largest tensor of all stages."""
+    pixels, block, width = STRIP_ROWS * chunk + 1, PAIR_CHUNKS * chunk, manifest.config["embed_dim"]
+    tensors = [*tensors_of(manifest)[:2], Tensor("a block's queries", lambda b, n: [b, block, width])]
+    strip = Tensor("a strip's pixels", lambda b, n: tensors_of(manifest)[2].shape(b, pixels))
+    return max([*tensors, strip], key=lambda tensor: tensor.elements(1, chunk))
+
+
+def _stages_peak(manifest: Manifest, chunk: int, weights: int) -> int:
+    """Return bytes on the GPU with all stages on it."""
+    rows = {"nothing": 1, "class_token": 1, "pairs": PAIR_CHUNKS * chunk}
+    stages = {stage.graph: stage for stage in manifest.stages or ()}
+    return weights + sum(peak(manifest, 0, 1, rows.get(stage.over, chunk)) for stage in stages.values())
 
 
 def stage_shapes(manifest: Manifest, stage: Stage, chunk: int) -> Shapes:

@@ -86,7 +86,7 @@ class GraphTracer:
             values = self._session.run(self._names, {self._session.get_inputs()[0].name: feed})
         except Exception as error:  # ONNX Runtime raises its own kinds, which share no base but Exception
             size = f"{images.shape[1]}x{images.shape[2]}"
-            hint = "give smaller --sizes: what every layer takes is kept; or judge the stages, --execution stream"
+            hint = "what every layer takes is kept: judge smaller images, or leave out --layers"
             raise InfexportError(f"ONNX Runtime failed at {size}", str(error), hint) from error
         found = {plain_name(name): torch.from_numpy(x) for name, x in zip(self._names, values, strict=True)}
         states: list[dict[str, Tensor]] = [{} for _ in range(self._depth)]

@@ -73,7 +73,7 @@ class Judge:
             raise InfexportError(
                 "nobody sees into an engine of the whole graph",
                 "--layers compares what every layer gives, and an engine has no such outputs",
-                "judge the engines of its stages, --execution stream, or leave out --engine",
+                "judge the engines of its stages, --execution stream, or the graph: --provider cpu, without --engine",
             )
         self._stack = ExitStack()
 

@@ -174,9 +174,12 @@ def _show(out: Output, report: Report) -> None:
 
 
 def _show_pytorch(out: Output, report: Report) -> None:
+    from infexport.parity import NETWORK
+
     theirs, agreement = report.pytorch_accuracy, report.agreement
     if theirs is None or agreement is None or not report.compared:
         return
+    out.data(f"compared: the bundle with {NETWORK}")
     out.data(f"PyTorch's top-1: {_share(theirs.top1)}")
     out.data(f"same top-1 as PyTorch: {_share(agreement.same)}")
     out.data(f"an image's logits differ from PyTorch's by at most {agreement.largest_difference:.1e} of their norm")

@@ -50,6 +50,9 @@ def parity(
 ) -> None:
     """Compare BUNDLE, in ONNX Runtime or its engines, with its checkpoint in PyTorch and with the float64 twin.
 
+    Both are infexport's own network with the checkpoint's weights. The code that trained them is not run: how the
+    checkpoint was read is no part of the verdict.
+
     With --layers every layer's output and sums are compared with what the float64 layer makes of the same input, and
     must be within a budget: 4 standard deviations of what rounding, in the bundle's precision, does to it.
 
@@ -101,6 +104,7 @@ def parity(
         _table(out, report)
     for _, error in report.failed:
         out.error(error)
+    out.data(f"compared: {report.compared}")
     out.data(f"ran on: {report.ran}")
     out.data(f"tolerance: {report.tolerance}")
     if report.culprit:

@@ -120,8 +120,9 @@ class Said:
         rule = self.report.tolerance
         bound = f"{rule.factor} · ε · √depth".replace(" ", "\u00a0")
         text = (
-            f"The truth is the checkpoint in PyTorch, in float64. Of every input the logits' relative error, "
-            f"‖x − truth‖ / ‖truth‖, may be {bound} = {number(rule.relative)} in {rule.precision} "
+            f"The truth is infexport's own network in PyTorch, in float64, with the checkpoint's weights. Of every "
+            f"input the logits' relative error, ‖x − truth‖ / ‖truth‖, may be {bound} = {number(rule.relative)} in "
+            f"{rule.precision} "
             f"(ε = 2{_power(rule.epsilon)}, depth {rule.depth}; where logits are less than what they are sums of, "
             f"relative to the size of these terms); all must be finite, and the first class the same "
             f"wherever its lead is larger than the tolerance lets two logits move."

@@ -107,7 +107,7 @@ class OrtRunner:
             raise InfexportError(
                 f"ONNX Runtime failed on images of {images.shape[2]}x{images.shape[1]}, batch {images.shape[0]}",
                 str(error),
-                "try a smaller --size or --batch-size; memory grows with both",
+                "smaller images or batches need less memory",
             ) from error
         found = dict(zip(names, values, strict=True))
         check_answer(self._graph, found, self.bundle.manifest.config, len(images))
@@ -164,7 +164,7 @@ class OrtStages:
             outputs = self._session.run(None, values)  # in the stage's order
         except Exception as error:
             raise InfexportError(
-                f"ONNX Runtime failed in {stage.graph}", str(error), "try a smaller --chunk"
+                f"ONNX Runtime failed in {stage.graph}", str(error), "fewer tokens at a time need less memory"
             ) from error
         if len(outputs) != len(stage.outputs):
             raise misfit(stage.graph, f"{len(outputs)} outputs, expected {', '.join(stage.outputs)}")

@@ -91,5 +91,5 @@ def enough_memory(shape: Sequence[int]) -> Iterator[None]:
         raise InfexportError(
             f"not enough memory for PyTorch at {shape[1]}x{shape[2]}",
             str(error).splitlines()[0],
-            "give smaller --sizes",
+            "smaller images or batches need less memory",
         ) from error

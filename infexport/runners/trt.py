@@ -31,13 +31,14 @@ class EngineSession:
     Args:
         bundle: the folder it lies in.
         facts: its sidecar, as of `Bundle.engines`.
+        stages: the bundle has some to build engines for.
 
     Raises:
         InfexportError: the library is missing or refuses the engine, or the GPU has no room for it.
     """
 
-    def __init__(self, bundle: Path, facts: Mapping[str, Any]) -> None:
-        self._bundle, self._facts = bundle, facts
+    def __init__(self, bundle: Path, facts: Mapping[str, Any], stages: bool = True) -> None:
+        self._bundle, self._facts, self._stages = bundle, facts, stages
         require("polygraphy", extra=facts["backend"])
         backend = BACKENDS[facts["backend"]]
         trt = backend.load()
@@ -98,14 +99,34 @@ class EngineSession:
                 raise InfexportError(
                     f"{name} {shape} is outside what {self._facts['file']} was built for",
                     f"expected {low} to {high}",
-                    f"give --chunk {self._facts['chunk']} or less"
-                    if self._facts["chunk"] is not None
-                    else f"{self._build()} --sizes MIN,BEST,MAX --batch MIN,BEST,MAX; or with --execution stream, for "
-                    "images of any size",
+                    self._remedy(name, shape),
                 )
+
+    def _remedy(self, name: str, shape: Sequence[int]) -> str:
+        """Return what takes an input of this shape: other options, or an engine to be built."""
+        three, chunk = self._facts["profile"][name], self._facts["chunk"]
+        if len(shape) != len(three[0]):
+            return f"build it again here: {self._build()}"
+        if chunk is not None:
+            return f"its stages take at most {chunk} tokens at a time: --chunk {chunk}"
+        first = 1 if name == "image" else 2  # of height and width
+        batches, heights, widths = ([each[axis] for each in (*three, shape)] for axis in (0, first, first + 1))
+        sizes = zip(_reaching(heights), _reaching(widths), strict=True)
+        options = "--sizes " + ",".join(f"{height}x{width}" for height, width in sizes)
+        options += " --batch " + ",".join(map(str, _reaching(batches)))
+        if self._stages:
+            stream = build_command(self._bundle, self._facts["precision"], "stream")
+            return f"{self._build()} {options}; or for images of any size: {stream}"
+        return f"{self._build()} {options}"
 
     def close(self) -> None:
         self._stack.close()
+
+
+def _reaching(numbers: Sequence[int]) -> list[int]:
+    """Minimum, best and maximum, reaching to a fourth number."""
+    low, best, high, wanted = numbers
+    return [min(low, wanted), best, max(high, wanted)]
 
 
 def version_of(facts: Mapping[str, Any]) -> str:
@@ -129,7 +150,7 @@ class EngineRunner:
         self._session: EngineSession | None = None
 
     def __enter__(self) -> Self:
-        self._session = EngineSession(self.bundle.path, self._facts)
+        self._session = EngineSession(self.bundle.path, self._facts, self.bundle.manifest.stages is not None)
         return self
 
     def __exit__(

@@ -76,6 +76,7 @@ def test_every_held_out_digit(name, options, infexport, zoo_bundle, digits):
     check_digits(report, name)
     theirs = report["pytorch"]
     assert theirs["images"] == ALL
+    assert "not with the code that trained them" in theirs["compared"]
     assert theirs["top1"] == report["top1"]
     assert theirs["agreement"]["share"] == 1
     low, high = (1e-3, 0.2) if options else (1e-9, 5e-6)
@@ -120,6 +121,7 @@ def test_what_a_person_reads(infexport, bundle, few):
         "top-1: 100.00%, 30 of 30, 95% interval 88.65% to 100.00%",
         "top-5: 100.00%",
         "class  images  right  recall",
+        "compared: the bundle with infexport's own PyTorch network",
         "same top-1 as PyTorch: 100.00%, 30 of 30",
         "images per second: ",
         "accuracy holds: top-1 100.00%, at least 90.00% required",

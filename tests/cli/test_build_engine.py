@@ -297,7 +297,8 @@ def test_9216_squared_fits_once_and_not_twice(tmp_path):
 def paper_manifest():
     from types import SimpleNamespace
 
-    return SimpleNamespace(config=SIZES["infvit_linear_4l"].to_dict(), input="uint8")
+    stages = [SimpleNamespace(graph="apply", over="tokens")]
+    return SimpleNamespace(config=SIZES["infvit_linear_4l"].to_dict(), input="uint8", stages=stages)
 
 
 def test_a_gpu_s_memory_is_a_limit():

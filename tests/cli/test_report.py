@@ -126,6 +126,8 @@ def test_a_passing_one(judged, golden_bundle):
     assert "✓ ok" in page.text
     assert "✗" not in page.text
     assert "unverified" not in page.text
+    assert document["compared"].endswith("not with the code that trained them")
+    assert f"compared {document['compared']} judged by" in page.text
     worst = max(case["bundle"]["relative"] for case in document["cases"])
     assert f"The largest relative error is {worst:.1e}, at" in page.text
     assert "parts within budget 20 of 20" in page.text

@@ -13,6 +13,11 @@ from support import GOLDEN, MODELS
 from infvit.config import InfViTConfig
 from infvit.network import InfViT
 
+COMPARED = (
+    "the bundle with infexport's own PyTorch network, with the checkpoint's weights; "
+    "not with the code that trained them"
+)
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_holds_at_every_size(name, infexport, golden_bundle):
@@ -25,6 +30,7 @@ def test_holds_at_every_size(name, infexport, golden_bundle):
         assert case["bundle"]["relative"] <= 5e-6
         assert case["bundle"]["top1_agreement"] == 1
         assert case["shape"][0] == 3
+    assert report["compared"] == COMPARED
     assert report["tolerance"]["relative"] == pytest.approx(32 * 2**-23 * 2**0.5)
 
 
@@ -33,6 +39,7 @@ def test_images_are_compared_at_native_resolution(infexport, golden_bundle, gold
     result = infexport("validate", "parity", golden_bundle("torchvision_pure"), "--images", folder)
     assert result.stdout.count(" ok") == 3
     assert "parity holds" in result.stdout
+    assert f"compared: {COMPARED}" in result.stdout.splitlines()
 
 
 def test_an_image_that_cannot_be_read_is_reported(infexport, golden_bundle, golden_images, tmp_path):
