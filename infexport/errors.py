@@ -18,3 +18,7 @@ class InfexportError(Exception):
 
     def to_dict(self) -> dict[str, str]:
         return {"error": self.summary, "details": self.details, "hint": self.hint}
+
+
+class LastingError(InfexportError):
+    """An error that the same command meets again: its image, bundle and options alone are the cause."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 
-from infexport.bundle import Bundle, sha256
+from infexport.bundle import Bundle
 from infexport.centrality import CENTRALITY, of_tokens
 from infexport.errors import InfexportError
 from infexport.execution import Image, Way, choose, usual_memory
@@ -28,7 +28,7 @@ from infexport.runners import Deployed, Stages, spread
 from infexport.runners.opening import Opening
 from infexport.stream import CHUNK, stream
 from infexport.stream.scratch import Identity, Scratch
-from infexport.stream.source import ArrayRows, Rows, Source, open_rows
+from infexport.stream.source import ArrayRows, Rows, Source, files_of, open_rows
 from infexport.transform import Fitted, fit, resized, transform_of
 
 
@@ -277,10 +277,9 @@ class _Call:
             "runtime": stages.identity,
             "infexport": importlib.metadata.version("infexport"),
         }
-        if isinstance(key, str):  # its copy has another name each time
-            assert isinstance(image, Path), "fetched"
-            return Identity(np.frombuffer(key.encode(), np.uint8), facts | {"content": sha256(image)})
-        return Identity(key, facts)
+        # a copy of what was fetched has another name each time
+        place = key if isinstance(key, str) else str(key.absolute()) if isinstance(key, Path) else ""
+        return Identity(files_of(image, rows) if isinstance(image, Path) else image, facts, place)
 
     def _answer(self, index: int, answer: Prediction) -> None:
         if np.isfinite(answer.logits).all():

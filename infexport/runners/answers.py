@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.centrality import CENTRALITY
-from infexport.errors import InfexportError
+from infexport.errors import LastingError
 
 
 def check_answer(graph: Path, found: Mapping[str, NDArray[Any]], config: Mapping[str, Any], images: int) -> None:
@@ -33,7 +33,7 @@ def _check_shape(graph: Path, found: Mapping[str, NDArray[Any]], name: str, shap
         raise misfit(graph.name, f"{name}: {received}, expected float32 {list(shape)}")
 
 
-def misfit(graph: str, received: str) -> InfexportError:
-    return InfexportError(
+def misfit(graph: str, received: str) -> LastingError:
+    return LastingError(
         f"{graph} is not the graph that the manifest describes", f"received {received}", "convert the checkpoint again"
     )

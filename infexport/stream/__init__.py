@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from infexport.bundle import Bundle
 from infexport.centrality import Centrality
+from infexport.stream.checksums import Checksums
 from infexport.stream.driver import (
     Array,
     Driver,
@@ -21,7 +22,7 @@ from infexport.stream.driver import (
 from infexport.stream.maps import Maps
 from infexport.stream.scratch import Scratch
 from infexport.stream.source import Source
-from infexport.stream.stores import Stores
+from infexport.stream.stores import Stores, Unproven
 
 CHUNK = 1024
 """Tokens at a time: their hidden layer stays in a CPU's cache, and a matrix product loses nothing."""
@@ -61,8 +62,8 @@ def stream(
         bundle: one that has stages.
         runner: of its stages.
         source: the image.
-        scratch: entered; tokens are kept in its folder, and the run goes on where it was interrupted. None keeps
-            them in memory.
+        scratch: entered; tokens are kept in its folder, and the run goes on where it was interrupted, if what that
+            left is proven to be what it wrote. None keeps them in memory.
         chunk: tokens at a time.
         half: keep them in float16.
         progress: told of every chunk; stages are counted as `driver.stages_of` gives them.
@@ -75,11 +76,35 @@ def stream(
     assert bundle.manifest.stages is not None, "the caller checks that there are stages"
     stages = stages_of(bundle.manifest.stages, centrality)
     config = bundle.manifest.config
-    position = Position() if scratch is None or scratch.position is None else scratch.position
-    stores = Stores(config, runner.precision, half, None if scratch is None else scratch.folder, position.squares)
-    maps = Maps(stages, config, source.grid, None if scratch is None else scratch.folder) if centrality else None
+    config, folder = bundle.manifest.config, None if scratch is None else scratch.folder
     layout = layout_of(stages, range(source.tokens), chunk, scratch is not None, centrality)
-    with closing(Tokens(layout, stores)) as tokens:
+
+    def opened(position: Position, left: bool) -> tuple[Tokens, Stores, Maps | None]:
+        """The places of all that is kept: made, or those of an interrupted run, proven to be what it left."""
+        stores = Stores(config, runner.precision, half, folder, position.squares, left)
+        maps = Maps(stages, config, source.grid, folder, position.checksums) if centrality else None
+        checksums = None if folder is None else Checksums(source.tokens, chunk, position.checksums)
+        tokens = Tokens(layout, stores, checksums)
+        try:
+            if left:
+                tokens.check(stages, position)
+            if left and maps is not None:
+                maps.take_up()
+        except BaseException:
+            tokens.close()
+            raise
+        return tokens, stores, maps
+
+    position, parts = Position(), None
+    if scratch is not None and scratch.position is not None:
+        try:
+            parts = opened(scratch.position, left=True)
+            position = scratch.position
+            scratch.go_on()
+        except Unproven as fault:
+            scratch.start_anew(str(fault))
+    tokens, stores, maps = parts or opened(position, left=False)
+    with closing(tokens):
         record = None if scratch is None else scratch.record
         driver = Driver(stages, runner, source, tokens, chunk, progress, record, maps or observe)
         outputs = driver.run(position)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infexport.centrality import CENTRALITY
-from infexport.errors import InfexportError
+from infexport.errors import LastingError
 from infexport.manifest import Stage
+from infexport.stream.checksums import Checksums, Tables
 from infexport.stream.source import Source
 from infexport.stream.stores import Ring, Rows, Store
 
@@ -56,6 +58,7 @@ class Position:
         sums: what the stages before gave, float64.
         added: what this stage has given so far, float64.
         squares: of every store that rounds, `stores.HalfStore.squares`.
+        checksums: of all that a resumed run reads, see `checksums.Checksums` and `maps.Maps`.
     """
 
     stage: int = 0
@@ -63,6 +66,7 @@ class Position:
     sums: Sums = field(default_factory=dict)
     added: Sums = field(default_factory=dict)
     squares: Sums = field(default_factory=dict)
+    checksums: Tables = field(default_factory=dict)
 
 
 class Progress(Protocol):
@@ -117,10 +121,11 @@ class Tokens:
     Args:
         layout: of the run.
         make: name and number of rows → a store for them.
+        checksums: of the rows, where the run can be resumed.
     """
 
-    def __init__(self, layout: Layout, make: Callable[[str, int], Store]) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, make: Callable[[str, int], Store], checksums: Checksums | None = None) -> None:
+        self.layout, self._checksums = layout, checksums
         self._rings: dict[str, Ring] = {}
         try:
             for name, spare in layout.spare.items():
@@ -135,9 +140,28 @@ class Tokens:
         return self._rings[name].read(start - first, stop - first, generation)[None]
 
     def write(self, stage: int, name: str, start: int, values: Rows) -> None:
-        if name in self._rings:
-            generation = self.layout.generations[stage].get(name, 0)
-            self._rings[name].write(start - self.layout.rows.start, values, generation)
+        if name not in self._rings:
+            return
+        generation = self.layout.generations[stage].get(name, 0)
+        for kept in self._rings[name].write(start - self.layout.rows.start, values, generation):
+            if self._checksums is not None:
+                self._checksums.add(name, generation, start, kept)
+            start += len(kept)
+
+    def check(self, stages: Sequence[Stage], position: Position) -> None:
+        """Prove that what a run reads after a position is what it wrote before.
+
+        Raises:
+            Unproven: some of it is not.
+        """
+        assert self._checksums is not None, "only a run with checksums is recorded"
+        for name, ring in self._rings.items():
+            generation = self.layout.generations[position.stage].get(name, 0)
+            start, stop = still_read(stages, name, position, len(self.layout.rows))
+            # what the stage itself has written so far, and what the last one before it did
+            for rows in ((generation, 0, self._checksums.written(name, generation)), (generation - 1, start, stop)):
+                if rows[1] < rows[2]:
+                    self._checksums.check(name, *rows, partial(ring.kept, generation=rows[0]))
 
     def close(self) -> None:
         for ring in self._rings.values():
@@ -204,7 +228,9 @@ class Driver:
                 self.observe(index, self.tokens, position.added)
             # the image goes on with the sums that the class token began
             begun = position.added if stage.over == "nothing" else {}
-            position = Position(index + 1, 0, position.sums | position.added, begun, position.squares)
+            position = Position(
+                index + 1, 0, position.sums | position.added, begun, position.squares, position.checksums
+            )
             if self.record is not None and index + 1 < len(self.stages):
                 self.record(position)
                 recorded, chunks = time.monotonic(), 0
@@ -267,13 +293,28 @@ class Driver:
         return outputs
 
 
-def _misfit(stage: Stage, name: str, value: Array) -> InfexportError:
-    """Of a graph that is not the one its bundle was made with."""
-    return InfexportError(
+def _misfit(stage: Stage, name: str, value: Array) -> LastingError:
+    """Error of a graph that is not the one its bundle was made with."""
+    return LastingError(
         f"{stage.graph} gives {name} in another shape than the run is made for",
         f"received {list(value.shape)}",
         "convert the checkpoint again",
     )
+
+
+def still_read(stages: Sequence[Stage], name: str, position: Position, rows: int) -> tuple[int, int]:
+    """Start and stop of the rows that are read after a position, as they were before its stage."""
+    stop = 0
+    for stage in stages[position.stage :]:
+        if name in stage.inputs:
+            stop = max(stop, 1 if stage.over == "class_token" else rows)
+        elif name == "q" and "query" in stage.inputs:
+            stop = max(stop, 1)
+        if name in stage.outputs:
+            break
+    here = stages[position.stage]
+    # a pass over tokens may overwrite rows that it has read
+    return position.done if here.over == "tokens" and name in here.outputs else 0, stop
 
 
 def told(stage: Stage, sums: Mapping[str, Array]) -> dict[str, Array]:

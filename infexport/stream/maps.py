@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infexport.centrality import CENTRALITY, Centrality, step_of, summed
-from infexport.errors import InfexportError
+from infexport.errors import LastingError
 from infexport.manifest import Stage
+from infexport.stream.checksums import Tables
 from infexport.stream.driver import Array, Tokens
-from infexport.stream.stores import scratch_errors
+from infexport.stream.stores import Unproven, check_left, replace_file, scratch_errors
 
 EPSILON = 1e-6
 """Of `infsa_ops`, added to every divisor."""
@@ -26,12 +30,19 @@ class Maps:
         config: of the bundle.
         grid: patches of the image, `(height, width)`.
         folder: of a run that can be resumed; keeps the layers that are done.
+        checksums: file → its size and CRC-32, of the layers that are done; added to.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], config: Mapping[str, Any], grid: tuple[int, int], folder: Path | None
+        self,
+        stages: Sequence[Stage],
+        config: Mapping[str, Any],
+        grid: tuple[int, int],
+        folder: Path | None,
+        checksums: Tables,
     ) -> None:
         self._stages, self._config, self._grid, self._folder = stages, config, grid, folder
+        self._checksums = checksums
         self._step = step_of(grid, config["depth"] * config["num_heads"])
         self._layers: dict[int, Array] = {}
 
@@ -47,21 +58,33 @@ class Maps:
             cells.append(summed(band.reshape(-1, width, band.shape[-1]), self._step))
         self._layers[layer] = np.concatenate(cells)
         if self._folder is not None:
-            file = self._file(layer)
-            with scratch_errors(file):
-                partial = file.with_name(f"partial-{file.name}")
-                np.save(partial, self._layers[layer])
-                partial.replace(file)
+            file, content = self._folder / _name(layer), io.BytesIO()
+            np.save(content, self._layers[layer])
+            replace_file(file, content.getvalue())
+            self._checksums[file.name] = _checksum(content.getvalue())
+
+    def take_up(self) -> None:
+        """Read the layers that were done before the run was interrupted.
+
+        Raises:
+            Unproven: a file is not what was written.
+        """
+        assert self._folder is not None, "without one, no run is taken up"
+        for layer in range(self._config["depth"]):
+            file = self._folder / _name(layer)
+            if file.name in self._checksums:
+                expected = self._checksums[file.name]
+                with scratch_errors(file):
+                    check_left(file, int(expected[0]))
+                    content = file.read_bytes()
+                if not np.array_equal(_checksum(content), expected):
+                    raise Unproven(f"the file {file.name} is not what was written")
+                self._layers[layer] = np.load(io.BytesIO(content))
 
     def result(self) -> Centrality:
-        """Of all layers, once the run is done; those before it was interrupted come from its folder."""
+        """The centrality of all layers, once the run is done."""
         for layer in set(range(self._config["depth"])) - self._layers.keys():
-            if self._folder is None:
-                raise InfexportError(
-                    f"the stages give no centrality of layer {layer}", hint="convert the checkpoint again"
-                )
-            with scratch_errors(self._file(layer)):
-                self._layers[layer] = np.load(self._file(layer))
+            raise LastingError(f"the stages give no centrality of layer {layer}", hint="convert the checkpoint again")
         # [layers, heads, the class token and every cell]
         found = np.stack([self._layers[layer].T for layer in range(self._config["depth"])])
         if self._config["variant"] == "linear_infsa":
@@ -70,6 +93,10 @@ class Maps:
         cells = found[..., 1:].reshape(*found.shape[:2], rows, columns)
         return Centrality(cells, found[..., 0], self._grid, self._step)
 
-    def _file(self, layer: int) -> Path:
-        assert self._folder is not None, "without one, every layer is seen"
-        return self._folder / f"centrality-{layer}.npy"
+
+def _name(layer: int) -> str:
+    return f"centrality-{layer}.npy"
+
+
+def _checksum(content: bytes) -> NDArray[np.uint32]:
+    return np.array([len(content), zlib.crc32(content)], np.uint32)

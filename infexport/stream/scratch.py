@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,125 +20,194 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from infexport.errors import InfexportError
+from infexport.bundle import sha256
+from infexport.errors import InfexportError, LastingError
 from infexport.inputs import json_of, read_small
+from infexport.machine import cpu_model
 from infexport.stream.driver import Position
-from infexport.stream.stores import scratch_errors
+from infexport.stream.stores import replace_file, scratch_errors
 
 RUN, STATE, LOCK = "run.json", "state.npz", "lock"
-BOOT = Path("/proc/sys/kernel/random/boot_id")
+CPUINFO = Path("/proc/cpuinfo")
 PREFIX = "infexport-"
+PARTS = ("sums", "added", "squares", "checksums")
+"""Arrays of a position, by name."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is of: it goes on only where all of this is the same.
+    """Fingerprint of a run: an interrupted one is gone on with only where all of it is the same.
 
     Attributes:
-        image: the file, or its pixels.
-        facts: what else decides the answer, as JSON has it.
+        image: its pixels, or its files, of which the first is the one that was named; their content counts.
+        facts: all else that decides the answer, as JSON has it.
+        place: a name of the image, which is no part of the fingerprint: an earlier run of it is told by that.
     """
 
-    image: Path | NDArray[Any]
+    image: NDArray[Any] | Sequence[Path]
     facts: dict[str, Any]
+    place: str = ""
 
     @property
     def name(self) -> str:
-        """Of the folder: the same for an image at the same place."""
-        return PREFIX + self._digest[:16]
+        """Name of the folders of runs with this fingerprint."""
+        return PREFIX + hashlib.sha256(json.dumps(self.all_facts, sort_keys=True).encode()).hexdigest()[:32]
 
     @cached_property
-    def _digest(self) -> str:
-        """Of the file's name, or of the pixels."""
-        if isinstance(self.image, Path):
-            return hashlib.sha256(os.fsencode(self.image.absolute())).hexdigest()
-        return hashlib.sha256(np.ascontiguousarray(self.image).data).hexdigest()
+    def all_facts(self) -> dict[str, Any]:
+        """The facts, the image's content and the processor among them.
+
+        Raises:
+            InfexportError: the image cannot be read.
+        """
+        facts: dict[str, Any] = json.loads(json.dumps(self.facts))
+        return {"image": _content(self.image), "processor": _processor()} | facts
 
     def to_dict(self) -> dict[str, Any]:
-        stamp: dict[str, Any] = {"image": self._digest}
-        if isinstance(self.image, Path):
-            status = self.image.stat()
-            stamp |= {"image size": status.st_size, "image time": status.st_mtime_ns}
-        # tokens that were written live in the system's cache: a killed process loses none, a power cut may
-        boot = BOOT.read_text().strip() if BOOT.is_file() else ""
-        facts: dict[str, Any] = json.loads(json.dumps(self.facts))
-        return stamp | facts | {"system start": boot}
+        place = self.place and hashlib.sha256(os.fsencode(self.place)).hexdigest()
+        return {"facts": self.all_facts, "place": place}
+
+
+def _content(image: NDArray[Any] | Sequence[Path]) -> str:
+    if isinstance(image, np.ndarray):
+        shape = f"{image.dtype.str} {image.shape}".encode()
+        return hashlib.sha256(shape + hashlib.sha256(np.ascontiguousarray(image).data).digest()).hexdigest()
+    try:
+        digests = [sha256(image[0]), *(f"{file.name} {sha256(file)}" for file in image[1:])]
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InfexportError(f"cannot read the image: {image[0]}", reason, "run the same command again") from error
+    return hashlib.sha256("\n".join(digests).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _processor() -> str:
+    """Digest of what the processor can do: libraries choose by it how they compute, to the last bit."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return cpu_model()
+    kinds = {line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features")}
+    return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()
 
 
 class Scratch:
     """The folder of one run; entered, nobody else can be in it.
 
-    Left without an error it is deleted, and left by an error too, which the same command would meet again. Killed or
-    interrupted it stays, and the same run goes on from `position`.
+    Left without an error it is deleted, and left by a `LastingError`, too. Left by anything else it stays, once
+    something was recorded: the same run then goes on from `position`.
 
     Args:
         root: in which the folder is made.
         identity: of the run.
         status: told that a run goes on, or why it starts anew.
 
+    Attributes:
+        folder: of the run, once entered.
+        position: that an interrupted run recorded; what else it left is still to be proven: then call `go_on`, else
+            `start_anew`.
+
     Raises:
-        InfexportError: another process is in it, or it cannot be written to.
+        InfexportError: it cannot be read or written.
     """
 
     def __init__(self, root: Path, identity: Identity, status: Callable[[str], None]) -> None:
-        self.folder = root / identity.name
         self.position: Position | None = None
-        self._identity, self._status = identity, status
-        self._lock: IO[str] | None = None
+        self._root, self._identity, self._status = root, identity, status
+        self._recorded = False
 
     def __enter__(self) -> Self:
-        with scratch_errors(self.folder):
-            self._lock = _locked(self.folder)
-            if self._lock is None:
-                raise InfexportError(
-                    "this image is being run already",
-                    f"another process is in {self.folder}",
-                    "wait for it, or give another --scratch",
-                )
-            try:
-                self._go_on_or_start()
-            except OSError:
-                self._leave()
-                raise
+        with scratch_errors(self._root):
+            self.folder, self._lock = _free_folder(self._root, self._identity.name)
+        try:
+            with scratch_errors(self.folder):
+                self._look()
+        except BaseException:
+            with suppress(OSError):
+                if not (self.folder / STATE).exists():
+                    _delete(self.folder)
+            self._lock.close()
+            raise
         return self
 
-    def _go_on_or_start(self) -> None:
-        now, before = self._identity.to_dict(), _read(self.folder / RUN)
-        if before == now:
+    def _look(self) -> None:
+        left = sorted(file.name for file in self.folder.iterdir() if file.name != LOCK)
+        if not left:
+            self._start(self._changed() or f"starting: no run of this image is kept in {self._root}")
+        elif _read(self.folder / RUN) != self._identity.to_dict():
+            self.start_anew(f"{RUN} is not what was written")
+        elif STATE not in left:
+            self.start_anew("it was interrupted before anything was recorded")
+        else:
             self.position = _read_position(self.folder / STATE)
-        if self.position is not None:
-            self._status("going on where an earlier run was interrupted")
-            return
-        if before is not None and before != now:
-            changed = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
-            self._status(f"starting anew: changed since the run that was interrupted: {', '.join(sorted(changed))}")
-        _empty(self.folder)
-        _replace(self.folder / RUN, json.dumps(now).encode())
+            if self.position is None:
+                self.start_anew(f"{STATE} is not what was written")
+            else:
+                self._recorded = True
+                self._status("an earlier run was interrupted: checking what it left")
+
+    def _changed(self) -> str:
+        """How this run differs from another one of the image that has a folder here; of several, the most alike."""
+        now, found = self._identity.to_dict(), list[tuple[list[str], Path]]()
+        for folder in self._root.glob(f"{PREFIX}*"):
+            with suppress(OSError):
+                other = _read(folder / RUN) or {}
+                facts = other.get("facts")
+                same_place = now["place"] and other.get("place") == now["place"]
+                if isinstance(facts, dict) and (same_place or facts.get("image") == now["facts"]["image"]):
+                    names = now["facts"].keys() | facts.keys()
+                    found.append((sorted(n for n in names if now["facts"].get(n) != facts.get(n)), folder))
+        if not found:
+            return ""
+        names, folder = min(found, key=lambda one: (len(one[0]), one[1].name))
+        if not names:
+            return f"starting: another process is in {folder}"
+        return f"starting anew: the run that is kept in {folder} had another {' and '.join(names)}"
+
+    def _start(self, message: str) -> None:
+        self._status(message)
+        with scratch_errors(self.folder):
+            _empty(self.folder)
+        replace_file(self.folder / RUN, json.dumps(self._identity.to_dict()).encode())
+
+    def start_anew(self, reason: str) -> None:
+        """Delete what an interrupted run left, and say why."""
+        self.position, self._recorded = None, False
+        self._start(f"starting anew, an earlier run cannot be gone on with: {reason}")
+
+    def go_on(self) -> None:
+        """Say that the run goes on from `position`."""
+        self._status("going on where an earlier run was interrupted")
 
     def record(self, position: Position) -> None:
         """Make `position` what an interrupted run goes on from."""
-        arrays: dict[str, Any] = {f"sums/{name}": value for name, value in position.sums.items()}
-        arrays |= {f"added/{name}": value for name, value in position.added.items()}
-        arrays |= {f"squares/{name}": value for name, value in position.squares.items()}
-        with scratch_errors(self.folder / STATE):
-            content = io.BytesIO()
-            np.savez(content, at=np.array([position.stage, position.done]), **arrays)
-            _replace(self.folder / STATE, hashlib.sha256(content.getbuffer()).digest() + content.getvalue())
+        arrays: dict[str, Any] = {
+            f"{kind}/{name}": value for kind in PARTS for name, value in getattr(position, kind).items()
+        }
+        content = io.BytesIO()
+        np.savez(content, at=np.array([position.stage, position.done]), **arrays)
+        replace_file(self.folder / STATE, hashlib.sha256(content.getbuffer()).digest() + content.getvalue())
+        self._recorded = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, Exception):
-            self._leave()
-            return
-        self._status(f"interrupted: the same command goes on; what it needs is in {self.folder}")
-        assert self._lock is not None, "entered"
+        if error is None or isinstance(error, LastingError) or not self._recorded:
+            _delete(self.folder)
+        else:
+            self._status(
+                f"interrupted: the same command goes on; what it needs is in {self.folder} until --clean deletes it"
+            )
         self._lock.close()
 
-    def _leave(self) -> None:
-        _delete(self.folder)
-        assert self._lock is not None, "entered"
-        self._lock.close()
+
+def _free_folder(root: Path, name: str) -> tuple[Path, IO[str]]:
+    """A folder of a fingerprint that no process is in, and its lock: one that was left before one that is made."""
+    left = sorted(root.glob(f"{name}*"), key=lambda folder: (not (folder / STATE).is_file(), folder.name))
+    for folder in itertools.chain(left, (root / f"{name}-{number}" for number in itertools.count(1))):
+        lock = _locked(folder)
+        if lock is not None:
+            return folder, lock
+    raise AssertionError("numbers do not end")
 
 
 def _locked(folder: Path) -> IO[str] | None:
@@ -190,37 +260,43 @@ def _delete(folder: Path) -> None:
         folder.rmdir()
 
 
-def _replace(file: Path, content: bytes) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("xb") as made:
-        made.write(content)
-    partial.replace(file)
-
-
 def _read(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none, or another kind of file.
+
+    Raises:
+        OSError: the disk fails, or the process has too many files: this does not tell what is in it.
+    """
     try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            return None
         values = json_of(read_small(file))
-    except (OSError, ValueError, InfexportError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, InfexportError):
         return None
     return values if isinstance(values, dict) else None
 
 
 def _read_position(file: Path) -> Position | None:
+    """What was recorded; None where the file is not what was written.
+
+    Raises:
+        OSError: see `_read`.
+    """
+    if not stat.S_ISREG(file.lstat().st_mode):
+        return None
+    content = file.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None  # a disk's fault, or not ours: numbers that fit nothing must not be gone on with
     try:
-        content = file.read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            return None  # a disk's fault, or not ours: numbers that fit nothing must not be gone on with
         with np.load(io.BytesIO(content[32:])) as arrays:
             stage, done = (int(x) for x in arrays["at"])
-            parts: dict[str, dict[str, Any]] = {"sums": {}, "added": {}, "squares": {}}
+            parts: dict[str, dict[str, Any]] = {kind: {} for kind in PARTS}
             for name in arrays.files:
                 kind, _, rest = name.partition("/")
                 if rest:
                     parts[kind][rest] = arrays[name]
-    except (OSError, ValueError, KeyError, BadZipFile):
-        return None  # killed before the first record, or it is no record
-    return Position(stage, done, parts["sums"], parts["added"], parts["squares"])
+    except (ValueError, KeyError, BadZipFile):
+        return None
+    return Position(stage, done, **parts)
 
 
 def clean(root: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from infexport.errors import InfexportError
+from infexport.errors import InfexportError, LastingError
 from infexport.extras import importable
 from infexport.images import Pixels, grey_to_8_bits, over_white, read_image
 from infexport.inputs import check_ordinary
@@ -196,11 +198,20 @@ class VipsRows:
 
     def _damaged(self, error: Exception) -> InfexportError:
         text = str(error).strip().splitlines()
-        return InfexportError(
+        return _unreadable(
             f"damaged or truncated image, or none that can be streamed: {self._path}",
             text[-1] if text else "",
             "fetch or save the file again",
         )
+
+
+ELSEWHERE = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE)]
+
+
+def _unreadable(summary: str, reason: str, hint: str) -> InfexportError:
+    """Error of an image that a library cannot read: lasting, but where a disk or memory is the reason."""
+    passing = "out of memory" in reason.lower() or any(text in reason for text in ELSEWHERE)
+    return (InfexportError if passing else LastingError)(summary, reason, hint)
 
 
 _LOADERS = (
@@ -237,6 +248,19 @@ class SlideRows:
             raise self._damaged(error) from error
         self.width, self.height = self._slide.dimensions
 
+    @property
+    def files(self) -> list[Path]:
+        """All that the slide may be read from: some formats have more files, in a folder of its name or beside it."""
+        folder: Path | None = None
+        if self._path.suffix.lower() == ".mrxs":
+            folder = self._path.with_suffix("")
+        elif self._path.suffix.lower() in (".vms", ".vmu", ".dcm", ""):
+            folder = self._path.parent
+        others = (
+            [] if folder is None or not folder.is_dir() else sorted(file for file in folder.iterdir() if file.is_file())
+        )
+        return [self._path, *(file for file in others if file != self._path)]
+
     def read(self, start: int, stop: int) -> Pixels:
         try:
             return to_rgb(np.asarray(self._slide.read_region((0, start), 0, (self.width, stop - start))))
@@ -244,7 +268,7 @@ class SlideRows:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> InfexportError:
-        return InfexportError(f"a slide that cannot be read: {self._path}", str(error), "fetch the file again")
+        return _unreadable(f"a slide that cannot be read: {self._path}", str(error), "fetch the file again")
 
 
 def to_rgb(pixels: Array) -> Pixels:
@@ -256,6 +280,11 @@ def to_rgb(pixels: Array) -> Pixels:
     if bands in (2, 4):
         pixels = np.asarray(over_white(Image.fromarray(pixels)))
     return np.ascontiguousarray(np.repeat(pixels, 3, axis=2) if bands == 1 else pixels)
+
+
+def files_of(path: Path, rows: Rows) -> list[Path]:
+    """The files that the rows of an image file are read from, itself first."""
+    return rows.files if isinstance(rows, SlideRows) else [path]
 
 
 def open_rows(path: Path) -> Rows:

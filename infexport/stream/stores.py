@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.centrality import CENTRALITY
-from infexport.errors import InfexportError
+from infexport.errors import InfexportError, LastingError
 
 Rows = NDArray[Any]
 
@@ -28,7 +30,13 @@ class Store(Protocol):
         """Rows `[stop − start, width]`; valid until the next call."""
         ...
 
-    def write(self, start: int, values: Rows) -> None: ...
+    def kept(self, start: int, stop: int) -> Rows:
+        """Rows as they are kept: rounded, where `read` gives float32 of them; valid until the next call."""
+        ...
+
+    def write(self, start: int, values: Rows) -> Rows:
+        """Keep rows; returns them as they are kept, contiguous."""
+        ...
 
     def close(self) -> None: ...
 
@@ -55,8 +63,11 @@ class MemoryStore:
     def read(self, start: int, stop: int) -> Rows:
         return self._values[start:stop]
 
-    def write(self, start: int, values: Rows) -> None:
+    kept = read
+
+    def write(self, start: int, values: Rows) -> Rows:
         self._values[start : start + len(values)] = values
+        return self._values[start : start + len(values)]
 
     def close(self) -> None:
         del self._values, self._memory
@@ -66,25 +77,31 @@ class FileStore:
     """Rows in a file, none of which stay in this process's memory.
 
     Args:
-        path: made, or gone on with.
+        path: made, and must not be there yet.
         rows, width, dtype: as of `Store`.
+        left: the file is one that an interrupted run left, and is not made.
 
     Raises:
+        Unproven: the file that was left is gone, or has another size.
         InfexportError: the disk has no room for it, or fails later.
     """
 
-    def __init__(self, path: Path, rows: int, width: int, dtype: type) -> None:
+    def __init__(self, path: Path, rows: int, width: int, dtype: type, left: bool = False) -> None:
         self._dtype, self.width = np.dtype(dtype), width
         self._path, self._bytes = path, width * self._dtype.itemsize
         self._buffer: Rows = np.empty((0, width), dtype)
+        size = max(1, rows * self._bytes)
         with scratch_errors(path):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            if left:
+                check_left(path, size)
+            flags = os.O_RDWR | os.O_NOFOLLOW | (0 if left else os.O_CREAT | os.O_EXCL)
+            self._file = os.open(path, flags, 0o600)
         try:
             # all of it now: a full disk is an error before the work, not in it
-            os.posix_fallocate(self._file, 0, max(1, rows * self._bytes))
+            os.posix_fallocate(self._file, 0, size)
         except OSError as error:
             os.close(self._file)
-            raise _no_room(path, rows * self._bytes, error) from error
+            raise _no_room(path, size, error) from error
 
     def read(self, start: int, stop: int) -> Rows:
         if len(self._buffer) < stop - start:
@@ -94,19 +111,43 @@ class FileStore:
         while done < len(view):
             with scratch_errors(self._path):
                 got = os.preadv(self._file, [view[done:]], start * self._bytes + done)
-            if got == 0:
-                raise InfexportError("the scratch file is shorter than it was made", hint="run the same command again")
+                if got == 0:
+                    raise OSError(errno.EIO, "the file is shorter than it was made")
             done += got
         return rows
 
-    def write(self, start: int, values: Rows) -> None:
-        view, done = memoryview(np.ascontiguousarray(values).data).cast("B"), 0
+    kept = read
+
+    def write(self, start: int, values: Rows) -> Rows:
+        values = np.ascontiguousarray(values)
+        view, done = memoryview(values.data).cast("B"), 0
         with scratch_errors(self._path):
             while done < len(view):
                 done += os.pwrite(self._file, view[done:], start * self._bytes + done)
+        return values
 
     def close(self) -> None:
         os.close(self._file)
+
+
+class Unproven(Exception):
+    """Something that an interrupted run left is not what it recorded."""
+
+
+def check_left(path: Path, size: int) -> None:
+    """Find out that a file is still there, and as large as an interrupted run left it.
+
+    Raises:
+        Unproven: it is gone, something else is in its place, or it has another size.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError as error:
+        raise Unproven(f"the file {path.name} is gone") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise Unproven(f"{path.name} is no ordinary file")
+    if status.st_size != size:
+        raise Unproven(f"the file {path.name} has {status.st_size:,} bytes of {size:,}")
 
 
 @contextmanager
@@ -120,6 +161,16 @@ def scratch_errors(path: Path) -> Iterator[None]:
             error.strerror or str(error),
             "check the folder, its permissions and the room left, or give another --scratch",
         ) from error
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file of a scratch folder, which has its old content or all of the new, whatever ends the process."""
+    partial = file.with_name(f"{file.name}.partial")
+    with scratch_errors(file):
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as made:
+            made.write(content)
+        partial.replace(file)
 
 
 def _no_room(path: Path, size: int, error: OSError) -> InfexportError:
@@ -156,17 +207,20 @@ class HalfStore:
     def read(self, start: int, stop: int) -> Rows:
         return self._store.read(start, stop).astype(np.float32)
 
-    def write(self, start: int, values: Rows) -> None:
+    def kept(self, start: int, stop: int) -> Rows:
+        return self._store.kept(start, stop)
+
+    def write(self, start: int, values: Rows) -> Rows:
         """Write float32 rows.
 
         Raises:
-            InfexportError: a number that float16 has not.
+            LastingError: a number that float16 has not.
         """
         try:
             with np.errstate(over="raise"):
                 rounded = values.astype(np.float16)
         except FloatingPointError as error:
-            raise InfexportError(
+            raise LastingError(
                 "tokens do not fit into float16",
                 f"the largest is {np.abs(values).max():.3g}, expected at most 65504",
                 "keep them in float32: --tokens float32",
@@ -175,7 +229,7 @@ class HalfStore:
             exact = values.astype(np.float64)
             self.squares += ((rounded - exact) ** 2).sum(), (exact**2).sum()
         self._writes += 1
-        self._store.write(start, rounded)
+        return self._store.write(start, rounded)
 
     def close(self) -> None:
         self._store.close()
@@ -202,6 +256,7 @@ class Stores:
         half: keep in float16 what can be.
         folder: of their files; None keeps them in memory.
         squares: name → as of `HalfStore`, so far; added to.
+        left: the files are those of an interrupted run.
     """
 
     def __init__(
@@ -211,9 +266,10 @@ class Stores:
         half: bool,
         folder: Path | None,
         squares: dict[str, NDArray[np.float64]],
+        left: bool = False,
     ) -> None:
         self._config, self._precision, self._half = config, precision, half
-        self._folder, self._squares = folder, squares
+        self._folder, self._squares, self._left = folder, squares, left
         self._halves: list[HalfStore] = []
 
     def __call__(self, name: str, rows: int) -> Store:
@@ -224,7 +280,7 @@ class Stores:
         if self._folder is None:
             store = MemoryStore(rows, width, dtype)
         else:
-            store = FileStore(self._folder / name, rows, width, dtype)
+            store = FileStore(self._folder / name, rows, width, dtype, self._left)
         if dtype == dtype_of(name, self._precision, half=False):
             return store
         self._halves.append(HalfStore(store))
@@ -265,14 +321,22 @@ class Ring:
             return rows
         return np.concatenate([rows.copy(), self.store.read(0, rest)])
 
-    def write(self, start: int, values: Rows, generation: int) -> None:
+    def kept(self, start: int, stop: int, generation: int) -> Iterator[Rows]:
+        """The same rows as they are kept, in one part or two."""
+        for first, count in self._parts(start, stop, generation):
+            if count:
+                yield self.store.kept(first, first + count)
+
+    def write(self, start: int, values: Rows, generation: int) -> list[Rows]:
+        """Write rows over those that are no longer needed; returns them as they are kept, in one part or two."""
         if values.shape[1] != self.store.width:
-            raise InfexportError(
+            raise LastingError(
                 "rows of tokens that are not as wide as the manifest says",
                 f"received {values.shape[1]} numbers each, expected {self.store.width}",
                 "convert the checkpoint again",
             )
         (first, count), (_, rest) = self._parts(start, start + len(values), generation)
-        self.store.write(first, values[:count])
+        kept = [self.store.write(first, values[:count])]
         if rest:
-            self.store.write(0, values[count:])
+            kept.append(self.store.write(0, values[count:]))
+        return kept

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infexport.errors import InfexportError
-from infexport.stream.stores import FileStore, HalfStore, MemoryStore, Ring, dtype_of
+from infexport.stream.stores import FileStore, HalfStore, MemoryStore, Ring, Unproven, dtype_of
 
 
 def rows(count, width=3, seed=0):
@@ -42,10 +42,18 @@ def test_a_file_keeps_its_rows(tmp_path):
     first = FileStore(tmp_path / "rows", 5, 3, np.float32)
     first.write(1, rows(2))
     first.close()
-    again = FileStore(tmp_path / "rows", 5, 3, np.float32)
+    with pytest.raises(InfexportError, match="cannot use the scratch file"):
+        FileStore(tmp_path / "rows", 5, 3, np.float32)  # made anew, it would have zeros in it
+    again = FileStore(tmp_path / "rows", 5, 3, np.float32, left=True)
     assert np.array_equal(again.read(1, 3), rows(2))
     again.close()
     assert (tmp_path / "rows").stat().st_size == 5 * 3 * 4
+    for rows_now, words in ((4, "has 60 bytes of 48"), (6, "has 60 bytes of 72")):
+        with pytest.raises(Unproven, match=words):
+            FileStore(tmp_path / "rows", rows_now, 3, np.float32, left=True)
+    (tmp_path / "rows").unlink()
+    with pytest.raises(Unproven, match="is gone"):
+        FileStore(tmp_path / "rows", 5, 3, np.float32, left=True)
 
 
 def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import GOLDEN, MODELS, ZOO, relative_error
+from torch_stages import CONFIG, TorchStages, folded_network
 
 from infexport.bundle import open_bundle
-from infexport.manifest import Stage
 from infexport.recorded import load_recorded
 from infexport.runners.ort import OrtRunner, OrtStages
 from infexport.runners.torch import TorchRunner
@@ -23,8 +23,7 @@ from infexport.stream.source import ArrayRows, Source
 from infexport.synthetic import synthetic_image
 from infexport.transform import fit, transform_of
 from infvit.centrality import katz, linear_scores
-from infvit.config import InfViTConfig
-from infvit.fold import fold, fold_normalisation
+from infvit.fold import fold
 from infvit.network import InfViT
 from infvit.sweeps import sweeps
 
@@ -169,32 +168,11 @@ def test_layers_have_their_own_weights(infexport, tmp_path):
 
 # The sweeps themselves, in torch: any shape of network, no ONNX
 
-CONFIG = InfViTConfig(
-    variant="linear_infsa", image_size=24, patch_size=8, depth=2, embed_dim=16, num_heads=2, mlp_dim=24, num_classes=5,
-    norm_eps=1e-6,
-)  # fmt: skip
 SHAPES = [
     {}, {"depth": 1}, {"qkv_bias": False}, {"attention_dense": True, "pooler": True}, {"rho_per_head": True},
     {"variant": "pure_infsa"}, {"variant": "pure_infsa", "depth": 1}, {"variant": "pure_infsa", "neumann_terms": 2},
     {"variant": "pure_infsa", "neumann_terms": 4, "depth": 1, "rho_per_head": True},
 ]  # fmt: skip
-
-
-class TorchStages:
-    """The modules themselves behind the driver."""
-
-    def __init__(self, network):
-        self.precision, self.max_rows = "fp32", None
-        self.modules = sweeps(network, torch.nn.Identity())
-        self.stages = [
-            Stage(str(i), m.over, list(m.inputs), list(m.outputs), m.optional) for i, m in enumerate(self.modules)
-        ]
-
-    def run(self, stage, feeds):
-        module = self.modules[int(stage.graph)]
-        with torch.no_grad():
-            values = module(*(torch.from_numpy(np.ascontiguousarray(feeds[name])).float() for name in stage.inputs))
-        return {name: value.numpy() for name, value in zip(stage.outputs, values, strict=True)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -207,9 +185,7 @@ def test_chunking_changes_nothing(shape, height, width, chunk, seed):
     from infexport.stream.maps import Maps
     from infexport.stream.stores import MemoryStore
 
-    torch.manual_seed(seed)
-    network = InfViT(dataclasses.replace(CONFIG, **shape)).eval()
-    folded = fold_normalisation(fold(network), (0.5, 0.4, 0.6), (0.2, 0.3, 0.25))
+    network, folded = folded_network(seed, **shape)
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     runner, source = TorchStages(folded), Source(ArrayRows(image), 8, "pad")
     for centrality in (False, True):
@@ -217,7 +193,7 @@ def test_chunking_changes_nothing(shape, height, width, chunk, seed):
         layout = layout_of(stages, range(source.tokens), chunk, bool(seed % 2), centrality)
         heads = {"centrality": network.config.num_heads}
         tokens = Tokens(layout, lambda name, rows, heads=heads: MemoryStore(rows, heads.get(name, 16), np.float32))
-        maps = Maps(stages, network.config.to_dict(), source.grid, None)
+        maps = Maps(stages, network.config.to_dict(), source.grid, None, {})
         observe = maps if centrality else lambda stage, tokens, sums: None
         found = Driver(stages, runner, source, tokens, chunk, observe=observe).run()["logits"]
         padded = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")[None]
