@@ -44,6 +44,8 @@ SLICE = {
     "images": 80,
     "scratch": 25,
     "options": 40,
+    "python": 40,
+    "outputs": 15,
 }
 
 

@@ -75,7 +75,6 @@ def stream(
     """
     assert bundle.manifest.stages is not None, "the caller checks that there are stages"
     stages = stages_of(bundle.manifest.stages, centrality)
-    config = bundle.manifest.config
     config, folder = bundle.manifest.config, None if scratch is None else scratch.folder
     layout = layout_of(stages, range(source.tokens), chunk, scratch is not None, centrality)
 

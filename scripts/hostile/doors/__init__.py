@@ -20,6 +20,8 @@ NAMES = (
     "images",
     "scratch",
     "options",
+    "python",
+    "outputs",
 )
 
 

@@ -7,13 +7,16 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from hostile.cases import Case
 from hostile.doors.folder import remove
 from hostile.mutate import INTERESTING, mutate_bytes, mutate_json
 from hostile.seeds import copy_tree
+from hostile.watch import Violation
 from infexport.options import InferenceOptions
 from infexport.predictor import Predictor
 from infexport.run import Listener
@@ -41,28 +44,39 @@ def make(case: Case) -> Callable[[], int | None]:
     root = case.made / "scratch"
     copy_tree(case.seeds.once("interrupted", lambda: interrupted(case)), root)
     (folder,) = root.iterdir()
-    for _ in range(chance.choice((1, 1, 2))):
+    for _ in range(chance.choice((0, 1, 1, 2))):
         _change(case, chance.choice(sorted(folder.iterdir())), folder)
-    more = chance.choice(((), (), ("--json",), ("--clean",)))
-    command = (
-        "run-engine",
-        case.seeds.bundle,
-        case.seeds.image,
-        "--size",
-        "native",
-        "--execution",
-        "stream",
-        "--threads",
-        "1",
-    )
-    return lambda: case.cli(*command, "--chunk", "16", "--scratch", root, *more)
+    image = case.seeds.image
+    if chance.random() < 0.2:  # another image, in the place of the first as far as its size and time tell
+        image = case.given / "other.bmp"
+        pixels = np.random.default_rng(chance.randrange(2**32)).integers(0, 256, (72, 100, 3), np.uint8)
+        Image.fromarray(pixels).save(image)
+    output = case.made / "out.npz"
+    more = chance.choice(((), (), ("--json",), ("--clean",), ("--edge", "crop"), ("--tokens", "float16")))
+    words = ("--size", "native", "--threads", "1", "-o", output)
+    command = ("run-engine", case.seeds.bundle, image, *words, "--execution", "stream", "--chunk", "16")
+    return lambda: _act(case, (*command, "--scratch", root, *more), output, (*command, *more))
+
+
+def _act(case: Case, command: tuple[Any, ...], output: Path, fresh: tuple[Any, ...]) -> int | None:
+    code = case.cli(*command)
+    if code:
+        return code
+    with np.load(output) as arrays:
+        found = arrays["logits"]
+    output.unlink()
+    case.cli(*fresh)  # with tokens in memory, nothing is gone on with
+    with np.load(output) as arrays:
+        if not np.array_equal(found, arrays["logits"]):
+            raise Violation("answer", f"not what a fresh run says: {command[3:]!r:.400}")
+    return 0
 
 
 def _change(case: Case, file: Path, folder: Path) -> None:
     chance = case.chance
     victim = case.given / "victim"
     victim.write_bytes(b"precious")
-    kind = chance.randrange(8)
+    kind = chance.randrange(10)
     if kind == 0:
         remove(file)
     elif kind == 1:
@@ -80,6 +94,16 @@ def _change(case: Case, file: Path, folder: Path) -> None:
             file.write_bytes(mutate_json(chance, json.loads(file.read_bytes())))
     elif kind in (4, 5, 6) and (folder / "state.npz").is_file():
         _state(case, folder / "state.npz")
+    elif kind in (8, 9) and file.is_file() and (content := file.read_bytes()):
+        # of the same size, cut, longer, or of another block
+        start = chance.randrange(len(content))
+        stop = min(len(content), start + chance.choice((1, 100, 4096)))
+        file.write_bytes(chance.choice((
+            content[:start] + bytes(stop - start) + content[stop:],
+            content[:start],
+            content + content[start:stop],
+            content[:start] + content[: stop - start] + content[stop:],
+        )))  # fmt: skip
     elif file.is_file():
         file.write_bytes(mutate_bytes(chance, file.read_bytes(), head=chance.choice((0, 200))))
 
