@@ -24,7 +24,8 @@ class Centrality:
         cells: float32 `[layers, heads, rows, columns]`, summed over the patches of a cell.
         class_token: float32 `[layers, heads]`.
         grid: patches, `(height, width)`.
-        step: patches along a side of a cell, 1 where every patch is one; the last cells may have fewer.
+        step: patches along a side of a cell, 1 where every patch is one. Cell (i, j) has those from row i·step and
+            column j·step on; the last cells have fewer where the grid is no multiple of it.
     """
 
     cells: Map
@@ -46,6 +47,26 @@ class Centrality:
         patches = np.outer(*(np.minimum(self.step, side - np.arange(0, side, self.step)) for side in self.grid))
         inside = shares.sum((-2, -1), keepdims=True, dtype=np.float64)
         return (shares * (math.prod(self.grid) / (np.where(inside > 0, inside, 1) * patches))).astype(np.float32)
+
+    def raster(self, values: Map, shape: tuple[int, int]) -> Map:
+        """Means of the values of cells `[…, rows, columns]` over `shape` equal parts of the grid.
+
+        Cells are no equal parts where the last ones have fewer patches: drawn as if they were, all is misplaced.
+
+        Args:
+            values: of an average patch of each cell, see `times_average`.
+            shape: number of parts of the grid's height and width.
+        """
+        down, across = (_overlaps(side, self.step, parts) for side, parts in zip(self.grid, shape, strict=True))
+        return (down @ values @ across.T).astype(np.float32)
+
+
+def _overlaps(side: int, step: int, parts: int) -> NDArray[np.float64]:
+    """Share of each of `parts` equal parts of a side that lies in each cell, `[parts, cells]`."""
+    edges = np.arange(parts + 1) * side / parts
+    cells = np.minimum(np.arange(-(-side // step) + 1) * step, side)
+    inside = np.minimum(edges[1:, None], cells[1:]) - np.maximum(edges[:-1, None], cells[:-1])
+    return np.maximum(inside, 0) / np.diff(edges)[:, None]
 
 
 def step_of(grid: tuple[int, int], maps: int) -> int:

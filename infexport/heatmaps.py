@@ -39,6 +39,8 @@ DPI, LAYERS = 150, 4
 GREY = np.array([0.299, 0.587, 0.114])
 ALPHA = 0.6
 """Of a map over its image."""
+ASPECT = 12
+"""Of an image with a longer side than so many times the shorter, the shorter is drawn larger: it would be a line."""
 
 
 def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
@@ -49,14 +51,20 @@ def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
     """
     rows = open_rows(file)
     factor = -(-max(rows.height, rows.width) // OVERVIEW)
-    columns = np.arange(0, rows.width, factor)
-    counts = np.diff(columns, append=rows.width)[:, None]
+    # equal parts, as they are drawn: of a narrow image, a last one of a few pixels would move all others
+    edges, columns = (_edges(side, -(-side // factor)) for side in (rows.height, rows.width))
+    counts = np.diff(columns)[:, None]
     found = []
-    for start in range(0, rows.height, factor):
-        strip = rows.read(start, min(start + factor, rows.height))
-        sums = np.add.reduceat(strip.sum(0, dtype=np.float64), columns, axis=0)
+    for start, stop in itertools.pairwise(edges.tolist()):
+        strip = rows.read(start, stop)
+        sums = np.add.reduceat(strip.sum(0, dtype=np.float64), columns[:-1], axis=0)
         found.append(np.round(sums / (counts * len(strip))).astype(np.uint8))
     return np.stack(found), (rows.height, rows.width)
+
+
+def _edges(side: int, parts: int) -> NDArray[np.intp]:
+    """Where each of so many parts of a side begins, and the last ends, in whole pixels."""
+    return np.arange(parts + 1) * side // parts
 
 
 def region(
@@ -103,7 +111,9 @@ def figure_of(
     beside = detail == "mean"
     columns = 2 if beside else min(len(maps), LAYERS if detail == "layers" else centrality.cells.shape[1])
     rows, side = -(-len(maps) // columns), 4.5 if beside else 2.4
-    tall, wide = (side * length / max(image) for length in image)
+    tall, wide = (side * max(length / max(image), 1 / ASPECT) for length in image)
+    # no finer than the panel: what lies between its pixels would not be drawn
+    height, width = (min(length, round(side * DPI / 2)) for length in centrality.grid)
     figure = Figure((columns * (wide + 0.75), rows * (tall + 0.45) + 0.5), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=10, parse_math=False)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -111,7 +121,8 @@ def figure_of(
         axes[0].imshow(pixels, extent=(0, image[1], image[0], 0))
         _bare(axes.pop(0), image)
     grey = pixels @ GREY
-    for one, (name, values) in zip(axes, maps, strict=False):
+    for one, (name, cells) in zip(axes, maps, strict=False):
+        values = centrality.raster(cells, (height, width))
         one.imshow(grey, extent=(0, image[1], image[0], 0), cmap="gray", vmin=0, vmax=255)
         look: Any = {"cmap": COLOURS, "alpha": ALPHA, "interpolation": "nearest", "vmin": 0, "vmax": _top(values)}
         bar = figure.colorbar(one.imshow(values, extent=extent, **look), ax=one, shrink=0.85, pad=0.02)
@@ -133,13 +144,10 @@ def overlay(centrality: Centrality, pixels: Pixels) -> tuple[Pixels, float]:
     """
     from matplotlib import colormaps
 
-    ((_, shares),) = _maps(centrality, "mean")
-    cells = (
-        np.minimum((np.arange(length) + 0.5) * side / length // centrality.step, count - 1).astype(int)
-        for length, side, count in zip(pixels.shape[:2], centrality.grid, shares.shape, strict=True)
-    )
-    top = _top(shares)
-    colours = colormaps[COLOURS](shares[np.ix_(*cells)] / top)[..., :3] * 255
+    ((_, cells),) = _maps(centrality, "mean")
+    values = centrality.raster(cells, (pixels.shape[0], pixels.shape[1]))
+    top = _top(values)
+    colours = colormaps[COLOURS](values / top)[..., :3] * 255
     mixed = ALPHA * colours + (1 - ALPHA) * (pixels @ GREY)[..., None]
     return np.round(mixed).astype(np.uint8), top
 
@@ -239,7 +247,7 @@ def names_of(files: Sequence[Path]) -> list[str]:
 
 
 def _maps(centrality: Centrality, detail: Detail) -> list[tuple[str, NDArray[Any]]]:
-    """Names and maps `[rows, columns]`, in units of the average patch."""
+    """Names and maps `[rows, columns]` of cells, in units of the average patch."""
     shares, times = centrality.shares, centrality.times_average
     if detail == "mean":
         return [("", times(shares.mean((0, 1))))]
@@ -254,4 +262,7 @@ def _top(values: NDArray[Any]) -> float:
 
 
 def _bare(axes: Axes, image: tuple[int, int]) -> None:
-    axes.set(xlim=(0, image[1]), ylim=(image[0], 0), xticks=[], yticks=[], aspect="equal")
+    thin = max(image) > ASPECT * min(image)
+    axes.set(xlim=(0, image[1]), ylim=(image[0], 0), xticks=[], yticks=[], aspect="auto" if thin else "equal")
+    if thin:
+        axes.set_xlabel(f"not to scale: the image is {image[1]} x {image[0]} pixels", fontsize=6)

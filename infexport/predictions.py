@@ -152,7 +152,8 @@ class Results:
         """Write JSON, CSV, npz or Parquet, by the suffix; the file appears when it is whole.
 
         All but JSON have a row for every image, in order, and its `error` where there is no answer. In an npz: `files`,
-        `errors` and `logits [n, classes]` (NaN where there is none), and if asked for `features [n, E]`.
+        `errors`, `grids [n, 2]` (patches, height and width; 0 where there is no answer) and `logits [n, classes]` (NaN
+        where there is none), and if asked for `features [n, E]`.
 
         Raises:
             InfexportError: it cannot be written.
@@ -299,6 +300,9 @@ def _arrays(results: Results) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {
         "files": np.array([row.file for row in rows], np.str_),
         "errors": np.array([row.text if isinstance(row, Failure) else "" for row in rows], np.str_),
+        "grids": np.array([row.grid if isinstance(row, Prediction) else (0, 0) for row in rows], np.int64).reshape(
+            -1, 2
+        ),
         "logits": results.stacked("logits"),
     }
     if results.features:

@@ -7,6 +7,21 @@ from hypothesis import strategies as st
 
 from infexport import centrality as module
 from infexport.centrality import Centrality, of_tokens, step_of, summed
+from infexport.heatmaps import overlay
+
+
+def in_cells(patches, step):
+    """What a streamed run gives of the values of patches `[rows, columns]`, in one layer and head."""
+    cells = [summed(patches[row : row + step, :, None], step)[:, 0] for row in range(0, len(patches), step)]
+    return Centrality(np.stack(cells)[None, None], np.zeros((1, 1), np.float32), patches.shape, step)
+
+
+def means(values, parts):
+    """Means over equal parts of the first axis, of values that are constant in between."""
+    sums = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(0)])
+    edges = np.linspace(0, len(values), parts + 1)
+    found = np.stack([np.interp(edges, np.arange(len(sums)), column) for column in sums.T], axis=1)
+    return np.diff(found, axis=0) * parts / len(values)
 
 
 def test_shares_are_of_everything_and_zero_where_there_is_nothing():
@@ -44,3 +59,39 @@ def test_the_step_is_the_least_that_fits(monkeypatch):
     assert step_of((10, 11), 10) == 2
     assert step_of((4096, 4096), 1) == 133
     assert -((-4096 // 133) ** 2) <= 1000 < (-(-4096 // 132)) ** 2
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.integers(1, 90), st.integers(1, 90),
+    st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_a_pixel_is_the_mean_of_what_lies_under_it(height, width, step, tall, wide, seed):
+    patches = np.random.default_rng(seed).random((height, width))
+    found = in_cells(patches, step)
+    values = found.times_average(found.shares)[0, 0]
+    # every patch has what the average patch of its cell has
+    spread = values.repeat(step, 0)[:height].repeat(step, 1)[:, :width].astype(np.float64)
+    assert spread.mean() == pytest.approx(1, rel=1e-5)
+    expected = means(means(spread, tall).T, wide).T
+    assert found.raster(values, (tall, wide)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@given(st.data(), st.integers(1, 300), st.integers(1, 300), st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_a_hot_patch_is_drawn_where_it_is(data, height, width, step):
+    row, column = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    patches = np.zeros((height, width))
+    patches[row, column] = 1
+    found = in_cells(patches, step)
+    # as docs/centrality.md says: a cell begins at its number times the step
+    i, j = (int(n) for n in np.unravel_index(found.cells[0, 0].argmax(), found.cells.shape[2:]))
+    assert (i, j) == (row // step, column // step)
+    tall, wide = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 120))
+    mixed, _ = overlay(found, np.full((tall, wide, 3), 100, np.uint8))
+    green = mixed[..., 1].astype(int)  # which rises from one end of the colours to the other
+    ys, xs = np.nonzero(green == green.max())
+    for hot, n, side, pixels in ((ys, i, height, tall), (xs, j, width, wide)):
+        first, last = n * step / side * pixels, min((n + 1) * step, side) / side * pixels
+        assert first - 1 < hot.min(), (first, last, hot)
+        assert hot.max() < last, (first, last, hot)

@@ -1,6 +1,7 @@
 """`run-engine --heatmaps` and `--centrality`: the picture shows what the numbers say, whole and streamed."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 from support import ZOO, relative_error
 
+from infexport import centrality as centrality_module
 from infexport import heatmaps
 from infexport.centrality import Centrality
 from infexport.digest import sealed
@@ -69,6 +71,77 @@ def test_the_brightest_place_is_the_digit_s(name, execution, infexport, zoo_bund
     y, x = hottest(picture, panel(figure, figure.axes[1]), image)
     assert 8 * row - 1 <= y <= 8 * row + 9
     assert 8 * column - 1 <= x <= 8 * column + 9
+
+
+def test_cells_are_drawn_where_their_patches_are(infexport, zoo_bundle, tmp_path, monkeypatch):
+    """The picture and the npz of an image whose grid is no multiple of the step: 16 patches in 6 cells of 3."""
+    monkeypatch.setattr(centrality_module, "MOST_NUMBERS", 4 * 4 * 6 * 6)
+    file = max((file for file in DIGITS if file.startswith("128/")), key=lambda file: int(DIGITS[file]["left"]))
+    options = ("--heatmaps", tmp_path / "maps", "--centrality", "-o", tmp_path / "out.npz", "--execution", "stream")
+    infexport("run-engine", zoo_bundle("canvases-linear"), HELD_OUT / file, *NATIVE, *options)
+    with np.load(tmp_path / "out.npz") as arrays:
+        cells, of_class, (step,) = (arrays[f"centrality_{name}"] for name in ("0", "class_token_0", "step"))
+        grid = tuple(arrays["grids"][0])
+    assert (step, grid, cells.shape) == (3, (16, 16), (4, 4, 6, 6))
+    found = Centrality(cells, of_class, grid, int(step))
+    times = found.times_average(found.shares.mean((0, 1)))
+    row, column = np.unravel_index(times.argmax(), times.shape)
+    digit = DIGITS[file]
+    assert int(digit["left"]) - 24 < 24 * column < int(digit["left"]) + 24
+    pixels, image = heatmaps.overview(HELD_OUT / file)
+    figure = heatmaps.figure_of(found, pixels, image, (0, 128, 128, 0), "title")
+    picture = Image.open(tmp_path / "maps" / file.rpartition("/")[2])
+    y, x = hottest(picture, panel(figure, figure.axes[1]), image)
+    assert 24 * row - 1 <= y <= min(24 * row + 25, 128)
+    assert 24 * column - 1 <= x <= min(24 * column + 25, 128)
+
+
+@pytest.mark.parametrize(
+    ("grid", "step", "hot"),
+    [((10, 10), 4, (9, 9)), ((7, 31), 1, (3, 24)), ((401, 390), 1, (300, 95)), ((101, 250), 40, (90, 245))],
+    ids=str,
+)
+def test_a_hot_cell_is_seen_in_the_picture(grid, step, hot):
+    cells = np.zeros((1, 1, *(-(-side // step) for side in grid)), np.float32)
+    cells[(0, 0, *(at // step for at in hot))] = 1
+    image = 8 * grid[0], 8 * grid[1]
+    found = Centrality(cells, np.zeros((1, 1), np.float32), grid, step)
+    figure = heatmaps.figure_of(found, np.full((8, 8, 3), 100, np.uint8), image, (0, image[1], image[0], 0), "title")
+    box, content = panel(figure, figure.axes[1]), io.BytesIO()
+    figure.savefig(content)
+    drawn = zip(hottest(Image.open(content), box, image), hot, grid, strict=True)
+    for at, patch, side in drawn:
+        first, last = patch // step * step, min((patch // step + 1) * step, side)
+        assert first - 0.02 * side <= at / 8 <= last + 0.02 * side, (at / 8, first, last)
+
+
+@pytest.mark.parametrize("image", [(16, 320_000), (320_000, 16)], ids=str)
+def test_a_map_of_any_aspect_can_be_seen(image):
+    grid = image[0] // 16, image[1] // 16
+    cells = np.zeros((1, 1, *grid), np.float32)
+    cells.reshape(-1)[15_000] = 1
+    pixels = np.full((max(1, image[0] // 320), max(1, image[1] // 320), 3), 100, np.uint8)
+    found = Centrality(cells, np.zeros((1, 1), np.float32), grid, 1)
+    figure = heatmaps.figure_of(found, pixels, image, (0, image[1], image[0], 0), "title")
+    for axes in figure.axes[:2]:
+        left, top, right, bottom = panel(figure, axes)
+        assert min(right - left, bottom - top) >= 40
+        assert axes.get_xlabel() == f"not to scale: the image is {image[1]} x {image[0]} pixels"
+    box, content = panel(figure, figure.axes[1]), io.BytesIO()
+    figure.savefig(content)
+    where = np.divide(hottest(Image.open(content), box, image), image)
+    assert where.max() == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_narrow_image_lies_below_its_map_where_it_is(tmp_path, monkeypatch):
+    """30 pixels averaged down to 2 of them: 15 and 15, not 20 and 10."""
+    image = np.zeros((400, 30, 3), np.uint8)
+    image[:, 15:] = 200
+    Image.fromarray(image).save(tmp_path / "image.png")
+    monkeypatch.setattr(heatmaps, "OVERVIEW", 20)
+    pixels, size = heatmaps.overview(tmp_path / "image.png")
+    assert size == (400, 30)
+    assert pixels[..., 0].tolist() == [[0, 200]] * 20
 
 
 def test_streamed_or_whole_the_numbers_are_the_same(infexport, zoo_bundle, tmp_path):
@@ -172,8 +245,9 @@ def test_an_overview_is_an_average(tmp_path, monkeypatch):
     pixels, size = heatmaps.overview(tmp_path / "image.png")
     assert size == (103, 150)
     assert pixels.shape == (26, 38, 3)
-    assert np.abs(pixels[3, 5] - image[12:16, 20:24].mean((0, 1))).max() <= 1
-    assert np.abs(pixels[-1, -1] - image[100:, 148:].mean((0, 1))).max() <= 1
+    # equal parts, to a pixel: 103 / 26 and 150 / 38
+    assert np.abs(pixels[3, 5] - image[11:15, 19:23].mean((0, 1))).max() <= 1
+    assert np.abs(pixels[-1, -1] - image[99:, 146:].mean((0, 1))).max() <= 1
 
 
 def test_where_a_grid_lies():
