@@ -152,8 +152,7 @@ class Results:
         """Write JSON, CSV, npz or Parquet, by the suffix; the file appears when it is whole.
 
         All but JSON have a row for every image, in order, and its `error` where there is no answer. In an npz: `files`,
-        `errors`, `grids [n, 2]` (patches, height and width; 0 where there is no answer) and `logits [n, classes]` (NaN
-        where there is none), and if asked for `features [n, E]`.
+        `errors` and `logits [n, classes]` (NaN where there is none), and if asked for `features [n, E]`.
 
         Raises:
             InfexportError: it cannot be written.
@@ -204,6 +203,7 @@ class CentralityFile:
 
     def __init__(self, output: Path) -> None:
         self._steps: dict[int, int] = {}
+        self._grids: dict[int, tuple[int, int]] = {}
         self._error: OSError | None = None
         self._stack = ExitStack()
         self._archive = zipfile.ZipFile(self._stack.enter_context(written(output, "output", ELSEWHERE)), "w")
@@ -216,7 +216,7 @@ class CentralityFile:
             if self._error is None:
                 _write_array(self._archive, f"centrality_{index}", centrality.cells)
                 _write_array(self._archive, f"centrality_class_token_{index}", centrality.class_token)
-                self._steps[index] = centrality.step
+                self._steps[index], self._grids[index] = centrality.step, centrality.grid
         except OSError as error:
             self._error = error
 
@@ -224,16 +224,21 @@ class CentralityFile:
         """Write the rest of the npz as `Results.write` does.
 
         For the i-th image it has `centrality_i [layers, heads, rows, columns]` and `centrality_class_token_i [layers,
-        heads]`; a cell is the sum over `centrality_step[i]` patches to a side.
+        heads]`; a cell is the sum over `centrality_step[i]` patches to a side, fewer at the end of a grid of
+        `centrality_grid[i]` patches, height and width.
 
         Raises:
             InfexportError: it cannot be written.
         """
-        steps = np.array([self._steps.get(index, 0) for index in range(len(results.rows))], np.int64)
+        images = range(len(results.rows))
+        shapes = {
+            "centrality_step": np.array([self._steps.get(index, 0) for index in images], np.int64),
+            "centrality_grid": np.array([self._grids.get(index, (0, 0)) for index in images], np.int64).reshape(-1, 2),
+        }
         with self._stack:
             if self._error is not None:
                 raise self._error
-            for name, values in {**_arrays(results), "centrality_step": steps}.items():
+            for name, values in (_arrays(results) | shapes).items():
                 _write_array(self._archive, name, values)
             self._archive.close()
 
@@ -300,9 +305,6 @@ def _arrays(results: Results) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {
         "files": np.array([row.file for row in rows], np.str_),
         "errors": np.array([row.text if isinstance(row, Failure) else "" for row in rows], np.str_),
-        "grids": np.array([row.grid if isinstance(row, Prediction) else (0, 0) for row in rows], np.int64).reshape(
-            -1, 2
-        ),
         "logits": results.stacked("logits"),
     }
     if results.features:

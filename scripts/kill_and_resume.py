@@ -2,14 +2,19 @@
 """Kill a streamed run at random moments, run the same command again, and compare.
 
     python scripts/kill_and_resume.py --times 10
+    python scripts/kill_and_resume.py --times 30 --damage cut
 
 The paper's 53.5M model, random weights, on a 2304² BigTIFF. Each time the run is killed with SIGKILL at a random moment
 and the same command then goes on. Its logits must be those of a run that was never killed, bit for bit.
+
+With --damage, what it left is damaged first, or the image exchanged for one of equal size and time. The run must then
+start anew, unless no damaged row is read again.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import subprocess
@@ -22,23 +27,48 @@ import bench_stream
 import make_bigtiff
 import numpy as np
 
+DAMAGES = ("deleted", "cut", "overwritten", "exchanged")
+
+
+def damage(kind: str, tokens: Path, chance: random.Random) -> None:
+    """Damage the file of tokens that a killed run left."""
+    size = tokens.stat().st_size
+    if kind == "deleted":
+        tokens.unlink()
+    elif kind == "cut":
+        os.truncate(tokens, chance.randrange(size))
+    else:
+        with tokens.open("r+b") as file:
+            file.seek(chance.randrange(size))
+            file.write(b"overwritten")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="kills [10]")
     parser.add_argument("--side", type=int, default=2304, help="of the image, in pixels [2304]")
+    parser.add_argument("--damage", choices=DAMAGES, help="what is done after each kill [nothing]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         bundle = bench_stream.make_bundle(bench_stream.Case("linear", "fp32", options.side, "disk"), folder)
-        make_bigtiff.write(folder / "image.tif", options.side, options.side, make_bigtiff.photographs([]))
+        image, contents = folder / "image.tif", []
+        for turned in (False, True):
+            pictures = make_bigtiff.photographs([])
+            make_bigtiff.write(image, options.side, options.side, [p[:, ::-1] if turned else p for p in pictures])
+            contents.append(image.read_bytes())
+
+        def show(content: bytes) -> None:
+            image.write_bytes(content)
+            os.utime(image, ns=(0, 0))
+
         command = [
             sys.executable,
             "-m",
             "infexport",
             "run-engine",
             bundle.path,
-            folder / "image.tif",
+            image,
             "--size",
             "native",
         ]
@@ -51,6 +81,9 @@ def main() -> None:
             with np.load(folder / "out.npz") as arrays:
                 return seconds, arrays["logits"], done.stderr
 
+        show(contents[1])
+        others = run()[1]
+        show(contents[0])
         whole, expected, _ = run()
         print(f"never killed: {whole:.2f} s")
         chance = random.Random(0)
@@ -59,11 +92,20 @@ def main() -> None:
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
                 time.sleep(at)
                 killed.send_signal(signal.SIGKILL)
+            done = "killed"
+            if options.damage == "exchanged":
+                show(contents[1])
+                same = "right" if np.array_equal(run()[1], others) else "WRONG"
+                show(contents[0])
+                done = f"killed, exchanged (its answer {same})"
+            elif options.damage and (left := list((folder / "scratch").glob("*/tokens"))):
+                damage(options.damage, left[0], chance)
+                done = f"killed, tokens {options.damage}"
             seconds, logits, messages = run()
             same = "same logits" if np.array_equal(logits, expected) else "OTHER LOGITS"
-            went_on = "went on" if "going on" in messages else "nothing was recorded yet"
-            left = list((folder / "scratch").iterdir())
-            print(f"killed after {at:.2f} s, {went_on}: {seconds:.2f} s, {same}, {len(left)} files left")
+            said = [line for line in messages.splitlines() if "going on" in line or "starting" in line]
+            kept = list((folder / "scratch").iterdir())
+            print(f"{done} after {at:.2f} s: {seconds:.2f} s, {same}, {len(kept)} folders left; {'; '.join(said)}")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_cells_are_drawn_where_their_patches_are(infexport, zoo_bundle, tmp_path
     infexport("run-engine", zoo_bundle("canvases-linear"), HELD_OUT / file, *NATIVE, *options)
     with np.load(tmp_path / "out.npz") as arrays:
         cells, of_class, (step,) = (arrays[f"centrality_{name}"] for name in ("0", "class_token_0", "step"))
-        grid = tuple(arrays["grids"][0])
+        grid = tuple(arrays["centrality_grid"][0])
     assert (step, grid, cells.shape) == (3, (16, 16), (4, 4, 6, 6))
     found = Centrality(cells, of_class, grid, int(step))
     times = found.times_average(found.shares.mean((0, 1)))
