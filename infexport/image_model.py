@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from infvit.fold import fold_normalisation
+from infexport.errors import InfexportError
+from infvit.fold import can_fold_normalisation, fold_normalisation
 from infvit.network import InfViT
+from infvit.rewrite import is_untouched
 
 
 class Normalise(nn.Module):
@@ -48,7 +50,10 @@ class ImageModel(nn.Module):
         network: the InfViT; its dtype is the dtype of everything.
         mean, std: of the pixels in [0, 1], per RGB channel.
         takes: `uint8`, RGB `image [B, H, W, 3]`, or `float32`, normalised `pixels [B, 3, H, W]`.
-        fold: normalise uint8 pixels by the patch embedding's weights (`infvit.fold`).
+        fold: normalise uint8 pixels by the patch embedding's weights (`infvit.fold`), where that can be.
+
+    Raises:
+        InfexportError: a network with hooks or a `forward` of its own, which would not be called.
     """
 
     def __init__(
@@ -60,8 +65,14 @@ class ImageModel(nn.Module):
         fold: bool = False,
     ) -> None:
         super().__init__()
+        if type(network).forward is not InfViT.forward or not is_untouched(network):
+            raise InfexportError(
+                "the network has a forward of its own",
+                f"received a {type(network).__name__} with hooks or other methods, expected the forward of InfViT",
+                "remove the hooks, or change forward_features, embed or a layer instead",
+            )
         self.takes = takes
-        folded = fold and takes == "uint8"
+        folded = fold and takes == "uint8" and can_fold_normalisation(network)
         self.normalise = Normalise(mean, std, takes, folded, network.head.weight.dtype)
         self.network = fold_normalisation(network, mean, std) if folded else network
         self._taken: list[Tensor] = []

@@ -17,8 +17,8 @@ For every variant:
 Per token, a linear layer's 12 E² multiply-adds become 9 E², and the last layer's 1 E²; a pure layer's 13 E² + 2 N E
 become 12 E² + 2 N E, and the last layer's 2 E² + N E. ε stays where it was.
 
-A rewrite fires only on the very classes of `infvit.network`, whose every use of q, k, v and ε is known, and not where
-a forward hook reads what would no longer be formed. Anything else stays as it is.
+A rewrite fires only where every module it relies on is plain (`infvit.rewrite.is_plain`): of exactly the class in
+`infvit.network`, without hooks, parametrizations or replaced methods. Anything else stays as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import infsa_ops
 from infsa_ops import EPSILON
 from infvit.network import Attention, Encoder, InfViT, Layer
-from infvit.rewrite import with_children
+from infvit.rewrite import is_plain, is_untouched, with_children
 
 
 class FoldedLinearAttention(nn.Module):
@@ -173,38 +173,60 @@ def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linea
     return made
 
 
-def _read(*modules: nn.Module | None) -> bool:
-    """Whether a forward hook reads what one of the modules gives."""
-    return any(module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in modules)
+def is_plain_attention(attention: nn.Module | None) -> bool:
+    """Return whether an attention and all its projections are plain."""
+    if type(attention) is not Attention or not is_untouched(attention):
+        return False
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+    dense = attention.dense is None or is_plain(attention.dense, nn.Linear)
+    return dense and all(is_plain(projection, nn.Linear) for projection in projections)
+
+
+def is_plain_norm(norm: nn.Module | None) -> bool:
+    """Return whether a norm is a plain LayerNorm of each token by itself."""
+    return isinstance(norm, nn.LayerNorm) and is_plain(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
+
+
+def is_plain_mlp(mlp: nn.Module | None) -> bool:
+    """Return whether an MLP, and all it is made of, is plain."""
+    if not isinstance(mlp, nn.Sequential) or not is_plain(mlp, nn.Sequential):
+        return False
+    return all(type(part) in (nn.Linear, nn.GELU, nn.Dropout) and is_untouched(part) for part in mlp)
 
 
 def _merge_projections(attention: Attention) -> Attention:
-    """Rewrite 5; the product is formed in float64."""
+    """Rewrite 5; the product is formed in float64. What the dtype has no numbers for stays two layers."""
     out, dense = attention.out_proj, attention.dense
-    if dense is None or _read(out, dense):
+    if dense is None:
         return attention
-    weight, bias = (t.detach().double() for t in (out.weight, out.bias))
-    second = dense.weight.detach().double()
-    merged = _linear(second @ weight, second @ bias + dense.bias.detach().double(), out.weight.dtype)
+    first, second = out.weight.detach().double(), dense.weight.detach().double()
+    bias = None if dense.bias is None else dense.bias.detach().double()
+    if out.bias is not None:
+        moved = second @ out.bias.detach().double()
+        bias = moved if bias is None else moved + bias
+    merged = _linear(second @ first, bias, out.weight.dtype)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in merged.parameters()):
+        return attention
     return with_children(attention, out_proj=merged, dense=None)
 
 
 def _fold_layer(layer: nn.Module) -> nn.Module:
     attention = getattr(layer, "attn", None)
-    if type(layer) is not Layer or type(attention) is not Attention:
+    if not is_plain(layer, Layer) or not is_plain_attention(attention):
         return layer
+    assert isinstance(attention, Attention)
     if attention.variant == "linear_infsa":
-        if _read(attention, attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, attention.dense):
-            return layer
         return with_children(layer, attn=FoldedLinearAttention(attention))
     return with_children(layer, attn=_merge_projections(attention))
 
 
 def _cut(layer: nn.Module) -> nn.Module:
-    if type(layer) is not Layer or _read(layer, *layer.modules()):
+    if type(layer) is not Layer or not all(map(is_untouched, layer.modules())):
         return layer
+    if not is_plain_norm(layer.norm2) or not is_plain_mlp(layer.ff):
+        return layer  # it may mix tokens
     attention = layer.attn
-    if type(attention) is Attention and attention.variant == "pure_infsa" and attention.neumann_terms == 1:
+    if is_plain_attention(attention) and attention.variant == "pure_infsa" and attention.neumann_terms == 1:
         layer = with_children(layer, attn=ClassTokenPureAttention(attention))
     return ClassTokenLayer(layer)
 
@@ -216,12 +238,21 @@ def fold(network: InfViT) -> InfViT:
     `InfViT` and an `Encoder` as they are: a subclass may read other tokens.
     """
     encoder = network.encoder
-    if type(encoder) is not Encoder:
+    if not is_plain(encoder, Encoder) or not is_plain(encoder.layers, nn.ModuleList):
         return network
     layers = [_fold_layer(layer) for layer in encoder.layers]
-    if type(network) is InfViT and not _read(encoder, encoder.norm):
+    if is_plain(network, InfViT) and is_plain_norm(encoder.norm):
         layers[-1] = _cut(layers[-1])
     return with_children(network, encoder=with_children(encoder, layers=nn.ModuleList(layers)))
+
+
+def can_fold_normalisation(network: InfViT) -> bool:
+    """Return whether the patch embedding is the plain convolution of whole patches that rewrite 6 takes."""
+    embed = network.patch_embed
+    if not is_plain(network, InfViT) or not is_plain(embed, nn.Conv2d):
+        return False
+    patches = len(set(embed.kernel_size)) == 1 and embed.stride == embed.kernel_size and embed.in_channels == 3
+    return patches and (embed.padding, embed.dilation, embed.groups) == ((0, 0), (1, 1), 1)
 
 
 def fold_normalisation(network: InfViT, mean: Sequence[float], std: Sequence[float]) -> InfViT:
@@ -230,5 +261,10 @@ def fold_normalisation(network: InfViT, mean: Sequence[float], std: Sequence[flo
     Args:
         network: takes normalised pixels `[B, 3, H, W]`; stays as it was.
         mean, std: of the pixels in [0, 1], per channel.
+
+    Raises:
+        ValueError: a patch embedding for which `can_fold_normalisation` says no.
     """
+    if not can_fold_normalisation(network):
+        raise ValueError("patch_embed is not the plain convolution of InfViT: its normalisation cannot be folded")
     return with_children(network, patch_embed=PixelPatchEmbed(network.patch_embed, mean, std))

@@ -47,15 +47,23 @@ def cubic_weights(points: Tensor, size: int | Tensor, trained: int) -> Tensor:
 
 
 def resample(positions: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Position embeddings `[h0, w0, E]` by the weights of each axis, `[h, h0]` and `[w, w0]`: `[h, w, E]`."""
+    """Position embeddings `[h0, w0, E]` by the weights of each axis, `[h, h0]` and `[w, w0]`: `[h, w, E]`.
+
+    In the dtype of the weights, which is at least float32.
+    """
     _, trained_width, embed_dim = positions.shape
+    positions = positions.to(rows.dtype)
     return columns @ (rows @ positions.flatten(1)).unflatten(1, (trained_width, embed_dim))
 
 
 def interpolate_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings `[h0, w0, E]` resampled to `[height, width, E]`."""
+    """Position embeddings `[h0, w0, E]` resampled to `[height, width, E]`, in their dtype.
+
+    Half types have no exact coordinates beyond 256 or 2048, so all is computed in float32 and rounded last.
+    """
+    dtype = torch.promote_types(positions.dtype, torch.float32)
     rows, columns = (
-        cubic_weights(torch.arange(size, dtype=positions.dtype, device=positions.device), size, trained)
+        cubic_weights(torch.arange(size, dtype=dtype, device=positions.device), size, trained)
         for size, trained in zip((height, width), positions.shape[:2], strict=True)
     )
-    return resample(positions, rows, columns)
+    return resample(positions, rows, columns).to(positions.dtype)

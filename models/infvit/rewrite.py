@@ -1,4 +1,4 @@
-"""Networks made of other networks: modules copied with other children, weights shared."""
+"""Networks made of other networks: which modules may be rewritten, and copies with other children."""
 
 from __future__ import annotations
 
@@ -6,8 +6,26 @@ import copy
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Return whether a call of a module runs its class's methods and nothing besides: no hooks, none replaced."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    everywhere = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
+    replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
+    return not any(hooks) and not any(everywhere) and not replaced
+
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Return whether a module is of exactly this class, and untouched.
+
+    Only then its weights and the `forward` of `kind` are all there is to it. An adapter is a subclass, and a
+    parametrization makes one.
+    """
+    return type(module) is kind and is_untouched(module)
 
 
 def with_children(module: Module, **children: nn.Module | None) -> Module:

@@ -19,6 +19,7 @@ the first token: `query`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -26,9 +27,19 @@ from torch import Tensor, nn
 
 import infsa_ops
 from infsa_ops import EPSILON
-from infvit.fold import ClassTokenLayer, ClassTokenPureAttention, FoldedLinearAttention
+from infvit.fold import (
+    ClassTokenLayer,
+    ClassTokenPureAttention,
+    FoldedLinearAttention,
+    PixelPatchEmbed,
+    can_fold_normalisation,
+    is_plain_attention,
+    is_plain_mlp,
+    is_plain_norm,
+)
 from infvit.network import Attention, InfViT, Layer
 from infvit.positions import cubic_weights, resample
+from infvit.rewrite import is_plain
 
 Over = Literal["image", "nothing", "tokens", "pairs", "class_token"]
 
@@ -119,14 +130,14 @@ class Embed(Sweep):
     def forward(
         self, image: Tensor, row: Tensor, column: Tensor, grid_height: Tensor, grid_width: Tensor
     ) -> tuple[Tensor, ...]:
-        """Of a strip whose first patch is at (`row`, `column`) of a grid; these are `[1]`, of the positions' dtype."""
+        """Of a strip whose first patch is at (`row`, `column`) of a grid; these are `[1]`, at least float32."""
         patches = self.patch_embed(self.normalise(image))
         height, width = patches.shape[-2:]
         rows, columns = (
             cubic_weights(first + torch.arange(count, dtype=row.dtype, device=row.device), size, self.side)
             for first, count, size in ((row, height, grid_height), (column, width, grid_width))
         )
-        here = resample(self.pos_embed[0, 1:].unflatten(0, (self.side, self.side)), rows, columns)
+        here = resample(self.pos_embed[0, 1:].unflatten(0, (self.side, self.side)), rows, columns).to(patches.dtype)
         tokens = patches.flatten(2).transpose(1, 2) + here.flatten(0, 1)
         return tokens, *self.gather(tokens)
 
@@ -288,6 +299,28 @@ class Head(Sweep):
         return self.head(features), features
 
 
+def _check_plain(network: InfViT, layers: Sequence[Layer]) -> None:
+    """Refuse a module that is not plain: given a chunk of the tokens, it may do something else."""
+    plain = {
+        "network": is_plain(network, InfViT),
+        "patch_embed": isinstance(network.patch_embed, PixelPatchEmbed) or can_fold_normalisation(network),
+    }
+    for index, layer in enumerate(layers):
+        attention: nn.Module = layer.attn
+        if isinstance(attention, FoldedLinearAttention | ClassTokenPureAttention):
+            attention = attention.attention
+        plain |= {
+            f"encoder.layers.{index}": is_plain(layer, Layer),
+            f"encoder.layers.{index}.norm1": is_plain_norm(layer.norm1),
+            f"encoder.layers.{index}.attn": is_plain_attention(attention),
+            f"encoder.layers.{index}.norm2": is_plain_norm(layer.norm2),
+            f"encoder.layers.{index}.ff": is_plain_mlp(layer.ff),
+        }
+    wrong = [name for name, good in plain.items() if not good]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not the plain module of InfViT: chunks of tokens may not be given to it")
+
+
 def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
     """The sweeps of a network, in order.
 
@@ -299,12 +332,14 @@ def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
         A module for each; the same one for what is the same again.
 
     Raises:
-        ValueError: a network that is not folded, whose head may read other tokens than the class token.
+        ValueError: a network that is not folded, whose head may read other tokens than the class token; or a module
+            that may mix tokens, which is named.
     """
     *layers, last = network.encoder.layers
     if not isinstance(last, ClassTokenLayer) or network.config.variant == "softmax":
         raise ValueError("expected a folded network, linear or pure")
     cut_layers = [cast(Layer, layer) for layer in (*layers, last.layer)]
+    _check_plain(network, cut_layers)
     cut: list[Sweep] = [Start(network, cut_layers[0]), Embed(network, cut_layers[0], normalise)]
     for layer, following in zip(cut_layers, [*cut_layers[1:], None], strict=True):
         attention = layer.attn

@@ -59,3 +59,14 @@ def test_weights_of_a_point_sum_to_one(size, trained):
     assert weights.shape == (size, trained)
     torch.testing.assert_close(weights.sum(1), torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-14)
     assert ((weights != 0).sum(1) <= 4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("trained", "grid"), GRIDS)
+def test_half_types_are_rounded_once(trained, grid, dtype):
+    """Neither has the coordinates of a large grid: all is computed in float32, and rounded last."""
+    half = positions(*trained, dtype)
+    actual, exact = interpolate_positions(half, *grid), interpolate_positions(half.double(), *grid)
+    assert actual.dtype == dtype
+    error = torch.linalg.vector_norm(actual.double() - exact) / torch.linalg.vector_norm(exact)
+    assert error <= torch.finfo(dtype).eps / 2 + TOLERANCE[torch.float32]
