@@ -49,7 +49,7 @@ def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: in
         chunk: tokens at a time, streamed.
     """
     manifest = bundle.manifest
-    drawing = (memory.DRAWING + image.loaded) if options.drawing else 0
+    drawing = memory.drawing(manifest, options.drawing) + image.loaded if options.drawing else 0
     found: dict[Way, int] = {"whole": memory.whole(manifest, bundle.weights, image.tokens, options.batch_size)}
     if manifest.stages is not None:
         for way in ("memory", "disk"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +14,8 @@ from infexport.centrality import Centrality
 from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.images import DRAWN_BY, Pixels, is_drawn
-from infexport.options import Size
-from infexport.outputs import check_apart, check_writable, written
+from infexport.options import Detail, Size
+from infexport.outputs import check_apart, check_writable, drawing_errors, written
 from infexport.remote import at_hand, shown
 from infexport.stream.source import open_rows
 from infexport.transform import EvalTransform, transform_of, window
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from infexport.bundle import Bundle
     from infexport.predictions import Prediction
 
-Detail = Literal["mean", "layers", "heads"]
 OVERVIEW = 1024
 """Pixels of the longer side of the image below a map, at most."""
 COLOURS = "viridis"
@@ -120,7 +118,9 @@ def figure_of(
     if beside:
         axes[0].imshow(pixels, extent=(0, image[1], image[0], 0))
         _bare(axes.pop(0), image)
-    grey = pixels @ GREY
+    grey = np.round(pixels @ GREY).astype(np.uint8)
+    if fine := int(max(grey.shape) // (side * DPI)):
+        grey = grey[::fine, ::fine]  # every panel has a copy
     for one, (name, cells) in zip(axes, maps, strict=False):
         values = centrality.raster(cells, (height, width))
         one.imshow(grey, extent=(0, image[1], image[0], 0), cmap="gray", vmin=0, vmax=255)
@@ -207,20 +207,12 @@ class HeatmapWriter:
 
     def take(self, index: int, answer: Prediction) -> None:
         """Draw the answer of the image of this index."""
-        assert answer.centrality is not None, "asked for"
         try:
-            self._draw(index, answer)
+            with drawing_errors(self._pictures[index], "heat map"):
+                self._draw(index, answer)
             self.drawn += 1
         except InfexportError as error:
             self.failed.append(error)
-        except Exception as error:  # whatever the library that draws, or one of its fonts, makes of it
-            self.failed.append(
-                InfexportError(
-                    f"cannot draw the heat map: {self._pictures[index]}",
-                    f"{type(error).__name__}: {error}",
-                    "the answer is none the worse for it; --centrality writes the numbers to an .npz --output",
-                )
-            )
 
     def _draw(self, index: int, answer: Prediction) -> None:
         assert answer.centrality is not None, "asked for"
@@ -230,10 +222,8 @@ class HeatmapWriter:
             pixels, image = overview(file)
         transform = transform_of(self._bundle.manifest.preprocessing)
         extent = region(image, answer.grid, self._bundle.manifest.config["patch_size"], self._size, transform)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of signs that a font has not: they are drawn as boxes
-            figure = figure_of(answer.centrality, pixels, image, extent, title, self._detail)
-            save(figure, self._pictures[index])
+        figure = figure_of(answer.centrality, pixels, image, extent, title, self._detail)
+        save(figure, self._pictures[index])
         figure.clear()  # its parts hold each other: Python would look for them only now and then
 
 

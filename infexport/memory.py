@@ -15,8 +15,8 @@ from infexport.stream.stores import dtype_of
 
 PROCESS = 105_000_000
 """Python with numpy, Pillow, libvips and ONNX Runtime."""
-DRAWING = 115_000_000
-"""Matplotlib, the overview and the picture of a heat map."""
+DRAWING, PANEL, CANVAS = 120_000_000, 650_000, 7
+"""Matplotlib with a map over its overview; a panel more; bytes of a pixel of the picture, while it is written."""
 F32 = 4
 TILE_ROWS = 4 * 256
 """Rows of pixels that libvips holds of a tiled image."""
@@ -87,3 +87,16 @@ def kept(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool,
         columns = config["num_heads" if name == CENTRALITY else "embed_dim"]
         total += (tokens + spare) * columns * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
     return total
+
+
+def drawing(manifest: Manifest, detail: str) -> int:
+    """Memory that drawing an image's heat map takes, beside the numbers.
+
+    Args:
+        manifest: of the bundle.
+        detail: as of `heatmaps.figure_of`.
+    """
+    depth, heads = manifest.config["depth"], manifest.config["num_heads"]
+    panels = {"mean": 2, "layers": depth, "heads": depth * heads}[detail]
+    side = 450  # pixels of a panel with what is around it, 3 inches
+    return max(DRAWING, DRAWING // 2 + panels * (PANEL + CANVAS * side**2))

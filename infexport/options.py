@@ -15,6 +15,8 @@ from infexport.errors import InfexportError
 Execution = Literal["auto", "whole", "stream"]
 Edge = Literal["pad", "crop"]
 TokenDtype = Literal["float32", "float16"]
+Detail = Literal["mean", "layers", "heads"]
+"""A heat map of all layers and heads, of each layer, or of each head."""
 Size = Literal["trained", "native"] | int
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "engine")
 
@@ -56,7 +58,7 @@ class InferenceOptions:
         batch_size: images of equal grid at once, where they are run whole.
         threads: of ONNX Runtime; None for all cores.
         centrality: compute the centrality of tokens, too.
-        drawing: heat maps are drawn in this process, which takes memory.
+        drawing: detail of the heat maps that are drawn in this process, which takes memory; None where none are.
 
     Raises:
         InfexportError: a value that an option does not take, or an option that would be ignored.
@@ -74,7 +76,7 @@ class InferenceOptions:
     batch_size: int = 1
     threads: int | None = None
     centrality: bool = False
-    drawing: bool = False
+    drawing: Detail | None = None
 
     def __post_init__(self) -> None:
         numbers = {"memory": 2**63, "chunk": 2**63, "threads": MAX_THREADS, "batch_size": 2**31}
@@ -85,8 +87,8 @@ class InferenceOptions:
             self._set("size", _number("size", self.size, MAX_PIXELS_PER_SIDE, "trained, native or a number of pixels"))
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            if not isinstance(value, str) or value not in allowed:
-                raise _wrong(name, value, f"one of {', '.join(allowed)}")
+            if not isinstance(value, str | None) or value not in allowed:
+                raise _wrong(name, value, f"one of {', '.join(map(str, allowed))}")
         for name, (kinds, expected) in _KINDS.items():
             if not isinstance(getattr(self, name), kinds):
                 raise _wrong(name, getattr(self, name), expected)
@@ -112,17 +114,17 @@ class InferenceOptions:
         return self.tokens == "float16"
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "edge": get_args(Edge),
     "execution": get_args(Execution),
     "tokens": get_args(TokenDtype),
     "provider": PROVIDERS,
+    "drawing": (None, *get_args(Detail)),
 }
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "scratch": ((Path, type(None)), "a folder, or None"),
     "engine": ((str, type(None)), "the name of a set of engines, or None"),
     "centrality": ((bool,), "True or False"),
-    "drawing": ((bool,), "True or False"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,30 @@ def _number(path: Path) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
+
+
+@contextmanager
+def drawing_errors(path: Path, kind: str) -> Iterator[None]:
+    """Have whatever a library that draws raises as our error: what was found is worth more than its picture.
+
+    Its warnings are dropped: a sign that a font has not is drawn as a box.
+
+    Args:
+        path: the picture.
+        kind: what it is, for people.
+
+    Raises:
+        InfexportError: it cannot be drawn.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except InfexportError:
+        raise
+    except Exception as error:
+        details = f"{type(error).__name__}: {error}"
+        raise InfexportError(f"cannot draw the {kind}: {path}", details, "all else is as it should be") from error
 
 
 @contextmanager

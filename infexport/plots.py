@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from infexport.gemm import UNITS
 from infexport.measurements import Measured, Report, Row, Spread, limit_of
-from infexport.outputs import check_writable
+from infexport.outputs import check_writable, drawing_errors, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 """Okabe and Ito's, told apart by every kind of colour vision."""
+PICTURE, ELSEWHERE = "picture", "choose a --plot that can be written to"
 
 
 def check_plot(path: Path) -> None:
@@ -24,11 +26,20 @@ def check_plot(path: Path) -> None:
     Raises:
         InfexportError: not a .png file, or a place that cannot be written to.
     """
-    check_writable(path, "picture", (".png",), "choose a --plot that can be written to")
+    check_writable(path, PICTURE, (".png",), ELSEWHERE)
 
 
 def draw_scaling(report: Report, path: Path) -> None:
-    """Draw time and peak memory against tokens, log-log, with the machine's limit; 1500x640 pixels."""
+    """Draw time and peak memory against tokens, log-log, with the machine's limit; 1500x640 pixels.
+
+    Raises:
+        InfexportError: it cannot be drawn or written.
+    """
+    with drawing_errors(path, PICTURE), written(path, PICTURE, ELSEWHERE) as file:
+        _scaling(report).savefig(file, format="png", metadata={"Software": None})
+
+
+def _scaling(report: Report) -> Figure:
     from matplotlib.figure import Figure  # no pyplot: no window system is asked for
 
     rows = sorted(report.rows, key=lambda row: row.tokens)
@@ -55,7 +66,7 @@ def draw_scaling(report: Report, path: Path) -> None:
         f"batch {rows[0].batch}, on {place}",
         fontsize=11,
     )
-    figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
 def _draw_time(axes: Axes, report: Report, rows: Sequence[Row], measured: Sequence[tuple[Row, Measured]]) -> None:

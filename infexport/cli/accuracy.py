@@ -111,13 +111,13 @@ def accuracy(
         out.warning(line)
     with out.progress(len(images) * (1 if no_pytorch else 2), "images") as bar:
         report = evaluate(opened, images, classes, options, Told(out, opened, bar), network, min_top1, batch_size)
-    if output is not None:
-        report.write(output)
-        out.status(f"wrote {output}")
     _show(out, report)
     out.document(report.to_dict())
     for failure in report.failed:
         out.error(failure.error)
+    if output is not None:
+        report.write(output)
+        out.status(f"wrote {output}")
     raise click.exceptions.Exit(0 if report else 1)
 
 

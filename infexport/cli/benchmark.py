@@ -85,12 +85,12 @@ def benchmark(
     for row in report.rows:
         if row.reason:
             out.data(f"{row.name} {row.status}: {row.reason}")
+    out.document(report.to_dict())
     if plot is not None and any(row.measured for row in report.rows):
         draw_scaling(report, plot)
         out.status(f"wrote {plot}")
     elif plot is not None:
         out.warning("nothing was measured: no plot")
-    out.document(report.to_dict())
     raise click.exceptions.Exit(0 if report else 1)
 
 

@@ -147,7 +147,7 @@ def run_engine(
         batch_size=batch_size,
         threads=threads,
         centrality=centrality or heatmaps is not None,
-        drawing=heatmaps is not None,
+        drawing=None if heatmaps is None else heatmap_detail or "mean",
     )
     opened = open_bundle(bundle, digest=digest)
     if clean:

@@ -14,7 +14,7 @@ import numpy as np
 from infexport.bundle import Bundle
 from infexport.judgement import Case, Report
 from infexport.layerwise import MULTIPLE
-from infexport.outputs import check_writable, written
+from infexport.outputs import check_writable, drawing_errors, written
 from infexport.report import figures
 from infexport.report.facts import facts_of
 from infexport.report.order import names_of, worst_first
@@ -54,7 +54,8 @@ def write_report(report: Report, bundle: Bundle, command: str, path: Path, threa
     Raises:
         InfexportError: it cannot be written.
     """
-    html = page(report, bundle, command, threads)
+    with drawing_errors(path, "report"):
+        html = page(report, bundle, command, threads)
     with written(path, "report", ELSEWHERE) as file:
         file.write(html.encode("utf-8", "replace"))  # a file name may be no UTF-8
 

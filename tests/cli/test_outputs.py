@@ -245,3 +245,36 @@ def test_the_place_of_a_kept_copy_is_a_path(tmp_path):
     assert outputs.local_path("file:///a/b.png") == Path("/a/b.png")
     assert outputs.local_path("s3://a/b.png") is None
     assert outputs.local_path("a/b.png") == Path("a/b.png")
+
+
+def test_a_plot_or_a_page_that_fails_loses_no_answer(infexport, bundle, tmp_path, monkeypatch):
+    from infexport import plots
+    from infexport.report import page
+
+    def fail(*arguments, **more):
+        raise RuntimeError("the library's own")
+
+    monkeypatch.setattr(plots, "_scaling", fail)
+    monkeypatch.setattr(page, "page", fail)
+    plot = ("--sizes", 64, "--repeats", 1, "--plot", tmp_path / "plot.png", "--json")
+    report = ("--sizes", 64, "--report", tmp_path / "report.html", "--json")
+    for command, kind in (
+        (("benchmark", bundle, *plot), "picture"),
+        (("validate", "parity", bundle, *report), "report"),
+    ):
+        result = infexport(*command, exit_code=2)
+        assert json.loads(result.stdout)
+        assert f"cannot draw the {kind}" in result.stderr
+        assert "RuntimeError: the library's own" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_loses_no_accuracy(infexport, bundle, tmp_path, full_disk):
+    table = tmp_path / "data.csv"
+    table.write_text(f"file,label\n{DIGITS[0]},{DIGITS[0].name[0]}\n")
+    (tmp_path / "out").mkdir()
+    full_disk(tmp_path / "out")
+    words = ("validate", "accuracy", bundle, table, "--no-pytorch", "-o", tmp_path / "out" / "a.csv", "--json")
+    result = infexport(*words, exit_code=2)
+    assert json.loads(result.stdout)["top1"]["share"] == 1
+    assert "No space left on device" in result.stderr
