@@ -14,8 +14,9 @@ def _check(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> Non
     torch._check(values.dim() == 4, lambda: f"values has {values.dim()} dimensions, expected [B, G, N, d]")
     batch, heads, tokens = weights.shape
     groups, width = values.shape[1], values.shape[3]
+    divides = heads == groups or (groups > 0 and heads % groups == 0)
     torch._check(
-        values.shape[0] == batch and values.shape[2] == tokens and heads % groups == 0,
+        values.shape[0] == batch and values.shape[2] == tokens and divides,
         lambda: (
             f"values has shape {list(values.shape)}, expected [{batch}, G, {tokens}, d] with G a divisor of {heads}, "
             f"to match weights {list(weights.shape)}"

@@ -23,7 +23,7 @@ def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: T
         The new mass and moment, in their own dtype.
     """
     weights, values = weights.to(moment.dtype), values.to(moment.dtype)
-    values = values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1)
+    values = values.repeat_interleave(weights.shape[1] // max(values.shape[1], 1), dim=1)
     return mass + weights.sum(-1), moment + (weights[..., None] * values).sum(-2)
 
 
