@@ -388,6 +388,8 @@ def test_no_driver(infexport, folder, pictures, monkeypatch):
     result = infexport("run-engine", folder, pictures[0], "--provider", "engine", exit_code=2)
     assert "engines need an NVIDIA GPU and its driver" in result.stderr
     assert "--provider cpu" in result.stderr
+    told = infexport("run-engine", folder, pictures[0], "--engine", "a100-fp32", exit_code=2).stderr
+    assert "--provider cpu, without --engine" in told
 
 
 def test_no_such_engine(infexport, folder, gpu, pictures):
