@@ -20,7 +20,7 @@ from infexport.centrality import CENTRALITY, of_tokens
 from infexport.errors import InfexportError
 from infexport.execution import Image, Way, choose, usual_memory
 from infexport.images import Pixels, pixels_of, read_image
-from infexport.machine import cache_folder, usable_cores
+from infexport.machine import cache_folder, release_memory, usable_cores
 from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction, Row
 from infexport.remote import Item, at_hand, is_url, named, shown
@@ -229,6 +229,7 @@ class _Call:
             stages = self._run.stages(self._listener)
             with self._failing([index], "while streaming it"), named(self._images[index], image):
                 self._answer(index, self._streamed(index, image, source, way, stages))
+        release_memory()
 
     def _streamed(self, index: int, image: Path | Pixels, source: Source, way: Way, stages: Stages) -> Prediction:
         options, listener = self._options, self._listener
