@@ -14,7 +14,6 @@ from infexport.centrality import Centrality
 from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.images import DRAWN_BY, Pixels, is_drawn
-from infexport.machine import release_memory
 from infexport.options import Detail, Size
 from infexport.outputs import check_apart, check_writable, drawing_errors, written
 from infexport.remote import at_hand, shown
@@ -214,7 +213,6 @@ class HeatmapWriter:
             self.drawn += 1
         except InfexportError as error:
             self.failed.append(error)
-        release_memory()
 
     def _draw(self, index: int, answer: Prediction) -> None:
         assert answer.centrality is not None, "asked for"

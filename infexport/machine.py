@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import sys
@@ -74,16 +73,6 @@ def peak_memory() -> int:
     # on Linux a child starts from its parent's value, even after exec; hence the file
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def release_memory() -> None:
-    """Have the C library give back to the system what is free between blocks that are not, where it can.
-
-    After 24 streamed images, whose stages are loaded and dropped in turn, that was a third of what a process had.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def physical_memory() -> int:

@@ -20,7 +20,7 @@ from infexport.centrality import CENTRALITY, of_tokens
 from infexport.errors import InfexportError
 from infexport.execution import Image, Way, choose, usual_memory
 from infexport.images import Pixels, pixels_of, read_image
-from infexport.machine import cache_folder, release_memory, usable_cores
+from infexport.machine import cache_folder, usable_cores
 from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction, Row
 from infexport.remote import Item, at_hand, is_url, named, shown
@@ -158,19 +158,25 @@ class _Call:
     def run(self) -> list[Row]:
         batches = _Batches(self._options.batch_size)
         for index in range(len(self._images)):
-            with ExitStack() as held:
-                opened = self._read(index, held)
-                if isinstance(opened, tuple):
-                    self._stream(index, *opened)
-            if isinstance(opened, Fitted):
-                for batch in batches.add(index, opened):
-                    self._run_whole(batch)
-            else:
+            whole = self._read_or_stream(index)
+            if whole is None:
                 self._listener.image(1)
+                continue
+            for batch in batches.add(index, whole):
+                self._run_whole(batch)
         for batch in batches.rest():
             self._run_whole(batch)
         self._tell_unused()
         return [self._rows[index] for index in range(len(self._images))]
+
+    def _read_or_stream(self, index: int) -> Fitted | None:
+        """An image that is to be run whole; None where it has been streamed, or that failed."""
+        with ExitStack() as held:
+            opened = self._read(index, held)
+            if isinstance(opened, tuple):
+                self._stream(index, *opened)
+                return None
+            return opened
 
     def _read(self, index: int, held: ExitStack) -> Fitted | tuple[Path | Pixels, Source, Way] | None:
         """An image that is to be run whole; one to be streamed, and how; or None where that failed.
@@ -218,7 +224,8 @@ class _Call:
             values = runner.run(np.stack([image.pixels for _, image in batch]))
             for row, (index, image) in enumerate(batch):
                 grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
-                logits, features = values["logits"][row], values["features"][row]
+                # copies: rows of a batch would keep all of it, in memory that ONNX Runtime could use again
+                logits, features = values["logits"][row].copy(), values["features"][row].copy()
                 centrality = of_tokens(values[CENTRALITY][row], grid) if self._options.centrality else None
                 name = name_of(self._images, index)
                 self._answer(index, Prediction(name, grid, image.padded_share, logits, features, centrality=centrality))
@@ -229,7 +236,6 @@ class _Call:
             stages = self._run.stages(self._listener)
             with self._failing([index], "while streaming it"), named(self._images[index], image):
                 self._answer(index, self._streamed(index, image, source, way, stages))
-        release_memory()
 
     def _streamed(self, index: int, image: Path | Pixels, source: Source, way: Way, stages: Stages) -> Prediction:
         options, listener = self._options, self._listener

@@ -108,4 +108,6 @@ def stream(
         driver = Driver(stages, runner, source, tokens, chunk, progress, record, maps or observe)
         outputs = driver.run(position)
     found = None if maps is None else maps.result()
-    return Streamed(outputs["logits"][0], outputs["features"][0], stores.relative_error, found)
+    # copies: an output of ONNX Runtime keeps the memory of its session, a megabyte
+    logits, features = (outputs[name][0].copy() for name in ("logits", "features"))
+    return Streamed(logits, features, stores.relative_error, found)
