@@ -49,7 +49,7 @@ class Maps:
     def __call__(self, stage: int, tokens: Tokens, sums: Mapping[str, Array]) -> None:
         if CENTRALITY not in self._stages[stage].outputs:
             return
-        layer = sum({"tokens"} <= {*done.inputs} & {*done.outputs} for done in self._stages[:stage])
+        layer = self._layer(stage)
         height, width = self._grid
         cells = [tokens.read(stage + 1, CENTRALITY, 0, 1)[0].copy()]
         for row in range(0, height, self._step):
@@ -58,7 +58,7 @@ class Maps:
             cells.append(summed(band.reshape(-1, width, band.shape[-1]), self._step))
         self._layers[layer] = np.concatenate(cells)
         if self._folder is not None:
-            file, content = self._folder / _name(layer), io.BytesIO()
+            file, content = self._folder / _name(stage), io.BytesIO()
             np.save(content, self._layers[layer])
             replace_file(file, content.getvalue())
             self._checksums[file.name] = _checksum(content.getvalue())
@@ -70,8 +70,8 @@ class Maps:
             Unproven: a file is not what was written.
         """
         assert self._folder is not None, "without one, no run is taken up"
-        for layer in range(self._config["depth"]):
-            file = self._folder / _name(layer)
+        for stage in range(len(self._stages)):  # of several terms of a layer the last counts
+            file = self._folder / _name(stage)
             if file.name in self._checksums:
                 expected = self._checksums[file.name]
                 with scratch_errors(file):
@@ -79,7 +79,10 @@ class Maps:
                     content = file.read_bytes()
                 if not np.array_equal(_checksum(content), expected):
                     raise Unproven(f"the file {file.name} is not what was written")
-                self._layers[layer] = np.load(io.BytesIO(content))
+                self._layers[self._layer(stage)] = np.load(io.BytesIO(content))
+
+    def _layer(self, stage: int) -> int:
+        return sum({"tokens"} <= {*done.inputs} & {*done.outputs} for done in self._stages[:stage])
 
     def result(self) -> Centrality:
         """The centrality of all layers, once the run is done."""
@@ -94,8 +97,9 @@ class Maps:
         return Centrality(cells, found[..., 0], self._grid, self._step)
 
 
-def _name(layer: int) -> str:
-    return f"centrality-{layer}.npy"
+def _name(stage: int) -> str:
+    """Name of a file, which no later stage overwrites: its record may not have been written yet."""
+    return f"centrality-{stage}.npy"
 
 
 def _checksum(content: bytes) -> NDArray[np.uint32]:

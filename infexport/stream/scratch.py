@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -154,8 +155,7 @@ class Scratch:
                 facts = other.get("facts")
                 same_place = now["place"] and other.get("place") == now["place"]
                 if isinstance(facts, dict) and (same_place or facts.get("image") == now["facts"]["image"]):
-                    names = now["facts"].keys() | facts.keys()
-                    found.append((sorted(n for n in names if now["facts"].get(n) != facts.get(n)), folder))
+                    found.append(([name for name, value in now["facts"].items() if facts.get(name) != value], folder))
         if not found:
             return ""
         names, folder = min(found, key=lambda one: (len(one[0]), one[1].name))
@@ -250,7 +250,10 @@ def _check_own(folder: Path) -> None:
 def _empty(folder: Path) -> None:
     """Delete what is in a folder, but for its lock: first what says that there is something to go on from."""
     for file in [folder / STATE, folder / RUN, *(file for file in folder.iterdir() if file.name != LOCK)]:
-        file.unlink(missing_ok=True)
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _delete(folder: Path) -> None:
