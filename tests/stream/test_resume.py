@@ -20,7 +20,7 @@ SHAPES = {
     "pure": {"variant": "pure_infsa"},
     "terms": {"variant": "pure_infsa", "neumann_terms": 3},
 }
-CHUNK = 3
+CHUNK = 4
 DAMAGES = ("deleted", "cut", "grown", "overwritten", "zeroed", "older record", "exchanged")
 
 
@@ -92,11 +92,12 @@ def damage(kind, folder, random):
     return file.name
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "half"), [("linear", False), ("linear", True), ("pure", False), ("terms", False)], ids=str
+)
 def test_killed_anywhere_the_answer_is_the_same_bit_for_bit(shape, half, tmp_path):
     case, random = Case(shape, tmp_path, half), np.random.default_rng(0)
-    for _ in range(8):
+    for _ in range(5):
         case.interrupt(random)
         with pytest.raises(Killed):  # killed again, in the run that goes on
             case.run(Counting(case.runner, int(random.integers(1, 20))))
@@ -145,7 +146,7 @@ def check_damaged(shape, kind, times, root, seed=0):
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("shape", ["linear", "pure"])
 def test_what_was_damaged_is_not_gone_on_with(shape, kind, tmp_path):
-    went_on, anew = check_damaged(shape, kind, 4, tmp_path)
+    went_on, anew = check_damaged(shape, kind, 3, tmp_path)
     assert went_on if kind == "exchanged" else anew
 
 
