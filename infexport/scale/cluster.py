@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from infexport.errors import InfexportError
@@ -65,12 +67,13 @@ def connected(address: str) -> Iterator[ModuleType]:
         folders = tempfile.gettempdir()
         root = "/tmp" if len(folders) > LONGEST and os.name == "posix" else folders
         with tempfile.TemporaryDirectory(prefix="infexport-", dir=root, ignore_cleanup_errors=True) as folder:
-            with _hushed():
-                _connect(ray, address, folder)
             try:
+                with _signals_held(), _hushed():
+                    _connect(ray, address, folder)
                 yield ray
             finally:
                 ray.shutdown()
+                _end_processes(folder)
 
 
 _here: list[ModuleType] = []
@@ -138,6 +141,53 @@ def _hushed() -> Iterator[None]:
         os.close(nowhere)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold signals back that are handled, until Ray has started; a second one is handled at once.
+
+    An exception in the middle of it is taken for Ray's failure, or lost, and leaves processes. Ray also takes SIGTERM
+    for itself, for good, which is not granted.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are handled elsewhere
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+        if len(held) > 1:
+            handlers[signal.Signals(number)](number, frame)
+
+    change = signal.signal
+    for number in handlers:
+        change(number, hold)
+
+    def granted(number: Any, handler: Any) -> Any:
+        return hold if number in handlers else change(number, handler)
+
+    signal.signal = granted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = change
+        for number, handler in handlers.items():
+            change(number, handler)
+        if held:
+            signal.raise_signal(held[0])
+
+
+def _end_processes(folder: str) -> None:
+    """End what Ray has started for a folder of its own: where its start fails, `ray.shutdown` knows nothing of it."""
+    import psutil  # Ray brings it
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(folder in word for word in process.cmdline()):
+                process.kill()
+
+
 def _connect(ray: ModuleType, address: str, folder: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -149,6 +199,8 @@ def _connect(ray: ModuleType, address: str, folder: str) -> None:
             limit = {name: os.environ[name] for name in (MAX_PIXELS_VARIABLE,) if name in os.environ}
             ray.init(address=address, runtime_env={"env_vars": limit} if limit else None, **quiet)
     except (Exception, SystemExit) as error:  # Ray raises its own kinds, and of several bases
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # a second signal's
+            raise
         text = " ".join(str(error).split())
         if address == LOCAL:
             raise InfexportError("Ray does not start on this machine", text, "run it without --ray") from error

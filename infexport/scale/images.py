@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,15 +14,32 @@ import numpy as np
 from infexport.errors import InfexportError
 from infexport.predictions import Failure, Row
 from infexport.predictor import Predictor, columns_of, rows_of
+from infexport.remote import is_url
 from infexport.run import Listener, name_of
 from infexport.scale.cluster import Workers, last_line
+from infexport.urls import scrubbed
 
 PART = 128
 """Images that are handed to a worker at once: what is done again where it dies. Handing over takes tens of ms."""
 RETRIES = 2
 """Times that a part is done again before its images are tried one by one, and these before they are given up."""
-PLACE, FATAL, RAN = "place", "fatal", "ran"
-"""Columns beside a predictor's: the part's place; the bundle cannot be run at all; where it runs, and notes."""
+PLACE, FATAL, LOST, RAN = "place", "fatal", "lost", "ran"
+"""Columns beside a predictor's: the part's place; the bundle cannot be run at all; the part was given up; what is told
+of its run.
+"""
+
+
+class Attempts:
+    """An actor that counts how often each part is begun: a worker that dies takes its own count with it, and Ray Data
+    tries for ever.
+    """
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, place: int) -> int:
+        self._begun[place] += 1
+        return self._begun[place]
 
 
 class Heard(Listener):
@@ -38,23 +56,33 @@ class Heard(Listener):
 
 
 class Worker:
-    """A predictor in a process of its own, with names as bytes: a file's name need not be UTF-8."""
+    """A predictor in a process of its own, with names as bytes: a file's name need not be UTF-8.
 
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor, self._heard = predictor, Heard()
+    Args:
+        predictor: of the images.
+        attempts: an actor, `Attempts`.
+    """
+
+    def __init__(self, predictor: Predictor, attempts: Any) -> None:
+        self._predictor, self._attempts, self._heard = predictor, attempts, Heard()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        import ray
+
         names = [os.fsdecode(name) for name in batch["file"]]
         fatal, labels, config = False, None, {"num_classes": 1, "embed_dim": 1}
+        lost = ray.get(self._attempts.begin.remote(int(batch[PLACE][0]))) > RETRIES + 1
+        rows: list[Row] = [Failure(name, InfexportError("given up")) for name in names]
         try:
-            rows = self._predictor.predict(names, self._heard)
+            rows = rows if lost else self._predictor.predict(names, self._heard)
             labels, config = self._predictor.bundle.labels, self._predictor.bundle.manifest.config
         except InfexportError as error:  # of which Ray Data would leave a text
             rows, fatal = [Failure(name, error) for name in names], True
         columns = columns_of(rows, labels, config["num_classes"], config["embed_dim"])
         heard = "\n".join("\t".join(told) for told in self._heard.ran)
-        others = {PLACE: batch[PLACE], FATAL: np.full(len(rows), fatal), RAN: np.array([heard] * len(rows), np.str_)}
-        return {**columns, **others}
+        count = len(rows)
+        states = {FATAL: np.full(count, fatal), LOST: np.full(count, lost), RAN: np.array([heard] * count, np.str_)}
+        return {**columns, PLACE: batch[PLACE], **states}
 
 
 def predict(
@@ -91,7 +119,8 @@ def predict(
                 listener.image(len(part))
         except ray.exceptions.RayError as error:
             hint = "run it without --ray: is it the images?"
-            raise InfexportError("the workers cannot go on", last_line(error), hint) from error
+            urls = [image for image in images if is_url(image)]
+            raise InfexportError("the workers cannot go on", scrubbed(last_line(error), *urls), hint) from error
     for index in set(range(len(images))) - found.keys():
         died = InfexportError(
             f"its worker died each time: {name_of(images, index)}",
@@ -137,16 +166,17 @@ def _done(
     ]  # fmt: skip
     answers = data.from_arrow(tables).map_batches(
         Worker,
-        fn_constructor_args=(predictor,),
+        fn_constructor_args=(predictor, ray.remote(num_cpus=0)(Attempts).remote()),
         batch_size=None,  # a table is a part
         compute=data.ActorPoolStrategy(size=min(workers.count, len(tables))),
         num_cpus=workers.threads,
         num_gpus=workers.gpus or None,
-        max_task_retries=RETRIES,
     )
     told: set[str] = set()
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         rows = rows_of(batch)
+        if batch[LOST].any():
+            continue
         if batch[FATAL].any():
             assert isinstance(rows[0], Failure)
             raise rows[0].error

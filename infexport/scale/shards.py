@@ -17,7 +17,7 @@ from infexport.errors import InfexportError
 from infexport.execution import no_stages, size_text
 from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction, Row
-from infexport.remote import at_hand
+from infexport.remote import at_hand, named
 from infexport.run import Listener, name_of, not_finite, source_of
 from infexport.runners import Stages
 from infexport.runners.opening import Opening
@@ -25,6 +25,7 @@ from infexport.scale.cluster import Workers, last_line
 from infexport.stream.driver import stages_of
 from infexport.stream.shards import MEMORY_HINT, Lost, Shard, Sharded, rows_of
 from infexport.stream.source import Source
+from infexport.urls import scrubbed
 
 EVERY = 0.5
 """Seconds between two looks at how far the workers are."""
@@ -95,7 +96,8 @@ class Worker:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the shard."""
-        return getattr(self._shard, method)(*arguments)
+        with named(*self._file):
+            return getattr(self._shard, method)(*arguments)
 
     def facts(self) -> tuple[int, float]:
         """Bytes of blocks that others gave, and the error of rounding."""
@@ -124,7 +126,8 @@ class Worker:
             self.leave()
             file = self._image.enter_context(at_hand(image))
             self._file = image, file
-        return source_of(file, self._opened, self._options)
+        with named(image, file):
+            return source_of(file, self._opened, self._options)
 
     @property
     def _opened(self) -> Bundle:
@@ -229,7 +232,7 @@ class RayTeam:
             lost = exceptions.RayActorError, exceptions.ObjectLostError, exceptions.WorkerCrashedError
             if isinstance(cause, (*lost, exceptions.OutOfMemoryError)):
                 raise Lost from error
-            raise InfexportError("a worker failed", text) from error
+            raise InfexportError("a worker failed", scrubbed(text, str(self._image))) from error
 
     def _done(self) -> int:
         """Rows that all shards have done; those that do not answer at once, none."""

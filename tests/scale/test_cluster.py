@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,3 +153,108 @@ def test_the_environment_is_left_as_it_was(monkeypatch):
         assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
+class Handled(Exception):
+    pass
+
+
+@pytest.fixture
+def handled():
+    """SIGTERM raises `Handled`, as it does in a program that cleans up."""
+
+    def handle(number, frame):
+        raise Handled
+
+    before = signal.signal(signal.SIGTERM, handle)
+    yield handle
+    signal.signal(signal.SIGTERM, before)
+
+
+def started(signals=1, error=None):
+    """Start what takes so many signals meanwhile, and may fail."""
+    with cluster._signals_held():
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if error:
+            raise error
+
+
+def test_a_signal_waits_until_ray_has_started(handled):
+    with pytest.raises(Handled):
+        started()
+    assert signal.getsignal(signal.SIGTERM) is handled
+
+
+def test_a_signal_is_told_rather_than_a_start_that_fails(handled):
+    with pytest.raises(Handled):
+        started(error=RuntimeError("no start"))
+
+
+def test_a_second_signal_does_not_wait(handled):
+    with pytest.raises(Handled):
+        started(2, AssertionError("went on"))
+
+
+def test_ray_takes_no_signal_for_itself(handled):
+    with cluster._signals_held():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nobody's
+    assert signal.getsignal(signal.SIGTERM) is handled
+    assert signal.signal(signal.SIGUSR1, before) == signal.SIG_IGN
+
+
+def test_signals_are_left_alone_in_other_threads():
+    def held():
+        with cluster._signals_held():
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(held).result()
+
+
+def session(number: int) -> list[int]:
+    """Processes of a session that live."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, leader = file.read_text().rpartition(")")[2].split()[:4]
+            found += [int(file.parent.name)] if int(leader) == number and state != "Z" else []
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_ended_while_ray_starts_leaves_nothing(number, code, zoo_bundle, tmp_path):
+    arguments = ["run-engine", str(zoo_bundle("digits-linear")), str(ZOO / "digits-held-out"), "--ray"]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = os.environ | {"TMPDIR": str(tmp_path)} if len(str(tmp_path)) <= cluster.LONGEST else os.environ
+    process = subprocess.Popen(
+        [f"{sys.prefix}/bin/infexport", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed,
+        env=environment,
+    )
+    while len(session(process.pid)) < 3:  # Ray's first processes
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Ray does not start" not in told
+    deadline = time.monotonic() + 10
+    while session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert session(process.pid) == []
+
+
+def test_what_a_start_that_fails_has_started_is_ended(ray, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    cluster._end_processes(str(tmp_path))
+    assert process.wait(10) == -signal.SIGKILL
+    assert other.poll() is None
+    other.kill()
+    other.wait()

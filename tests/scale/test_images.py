@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -216,6 +217,15 @@ def test_many_images_by_ray_s_client(bundle, digits):
     options = InferenceOptions()
     with pytest.raises(InfexportError, match="many images cannot be handed out through ray://head:10001"):
         scaled("ray://head:10001", None, False, open_bundle(bundle), options, [min(digits.iterdir())], Listener())
+
+
+def test_nothing_that_ray_will_remove_is_used(ray, bundle, digits):
+    from ray.util.annotations import RayDeprecationWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        predict(ray, Workers(1, 1, 0, None), Predictor(bundle, threads=1), [min(digits.iterdir())], 1, Listener())
+    assert not [str(one.message) for one in caught if issubclass(one.category, RayDeprecationWarning)]
 
 
 def test_workers_that_cannot_open_the_bundle(ray, bundle, digits, tmp_path):
