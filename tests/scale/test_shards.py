@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from infexport.options import InferenceOptions
 from infexport.predictions import Failure
 from infexport.run import Listener, Run
 from infexport.scale import scaled
+from infexport.scale.shards import Worker
 from infexport.synthetic import synthetic_image
 
 pytestmark = pytest.mark.ray
@@ -158,3 +160,16 @@ def test_the_paper_s_model_at_9216(infexport, ray, measure_scale, processes, tmp
     (mended,) = scaled("local", 2, True, bundle, options, [scene], killer)
     assert killer.killed is not None
     assert np.array_equal(mended.logits, together.logits)
+
+
+def test_a_damaged_image_is_named_by_its_url(zoo_bundle, tmp_path):
+    """As a worker tells it: not by the copy that it has fetched."""
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("bad.png", b"no image")
+    url = f"zip://bad.png::file://{tmp_path}/all.zip"
+    bundle = open_bundle(zoo_bundle("digits-linear"))
+    worker = Worker(bundle.path, bundle.manifest.digest, request_of())
+    with pytest.raises(InfexportError) as caught:
+        worker.look(url)
+    worker.leave()
+    assert url in caught.value.summary
