@@ -10,7 +10,7 @@ from urllib.parse import quote, quote_plus, unquote
 
 import fsspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import ZOO
@@ -79,6 +79,7 @@ def written(secret):
     return {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), repr(secret)[1:-1]}
 
 
+@settings(deadline=None)
 @given(chains(), st.sampled_from(["{url}", "403, url='{url}'", "gone: {decoded}", "{secrets}", "{quoted}"]))
 @example(("https://host?token=Zabc%2fdQ", ["Zabc/dQ"]), "lost: {url}")
 def test_no_secret_is_in_what_is_shown(chain, text):
@@ -117,6 +118,7 @@ def raising(error):
     return Raises()
 
 
+@settings(deadline=None)
 @given(chains())
 def test_no_secret_is_in_the_error_of_a_file_system(chain):
     url, secrets = chain
