@@ -181,3 +181,18 @@ def test_a_folder_without_images():
     fsspec.filesystem("memory").pipe("/empty/notes.txt", b"")
     with pytest.raises(InfexportError, match="no images in folder"):
         find(["memory://empty"])
+
+
+@pytest.mark.parametrize("execution", ["whole", "stream"])
+def test_a_damaged_one_is_named_by_its_url(zoo_bundle, tmp_path, execution):
+    """Not by the copy that was read; damage that is found while streaming, too."""
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("bad.png", content[: len(content) // 2])
+    url = f"zip://bad.png::file://{tmp_path}/all.zip"
+    predictor = Predictor(zoo_bundle("digits-linear"), size="native", execution=execution)
+    (failure,) = predictor.predict([url])
+    assert url in failure.error.summary
+    assert "/infexport-" not in json.dumps(failure.to_dict())
