@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infexport.atomic import PREFIX, create_folder, recover
-from infexport.digest import DIGEST
+from infexport.digest import DIGEST, SEAL
 from infexport.errors import InfexportError
 from infexport.inputs import json_of, read_small
 from infexport.manifest import (
@@ -119,7 +119,7 @@ class Bundle:
             facts, intact = read_sealed(sidecar)
         except InfexportError:
             return {"file": engine.name, "state": "unreadable"}
-        facts.pop(DIGEST, None)
+        facts = {name: value for name, value in facts.items() if name not in (DIGEST, SEAL)}
         if not intact or not _is_sidecar(facts):
             return {"file": engine.name, "state": "unreadable"}
         if not engine.is_file():

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from infexport.errors import InfexportError
 from infexport.images import read_image
 from infexport.passes import Inputs, weight_key
 from infexport.passes.edit import Editor
@@ -50,7 +51,7 @@ def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:
         By `infexport.passes.weight_key`, which is the same in every graph of a model: stages need no other.
 
     Raises:
-        InfexportError: ONNX Runtime is not installed.
+        InfexportError: ONNX Runtime is not installed, or a product is given values that are not finite.
     """
     model = ir.load(graph)
     products = [product for product in find_products(model.graph) if product.largest is None]
@@ -65,6 +66,13 @@ def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:
         given = {x: values[4 * i : 4 * i + 4] for i, x in enumerate(measures)}
         for key, product in zip(keys, products, strict=True):
             found[key].add(*given[product.x])
+            if not np.isfinite([found[key].low, found[key].high, *np.atleast_1d(found[key].total)]).all():
+                raise InfexportError(
+                    "the model's activations are not finite on a calibration image",
+                    f"received values from {found[key].low:g} to {found[key].high:g} at {product.node.name}, expected "
+                    "finite ones",
+                    "check the checkpoint: its weights may be too large for float32",
+                )
     return {key: Inputs(met.low, met.high, np.asarray(met.total / met.tokens)) for key, met in found.items()}
 
 

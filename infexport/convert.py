@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -26,7 +28,7 @@ from infexport.graph import MAX_GRID, export_model
 from infexport.image_model import ImageModel
 from infexport.inputs import json_of, read_small
 from infexport.manifest import CENTRALITY_MODEL, LABELS, MODEL, Manifest, Stage
-from infexport.passes import Inputs, lower
+from infexport.passes import Inputs, Unrepresentable, lower
 from infexport.stages import Beside, export_stages
 from infexport.truncation import measure_truncation
 from infsa_ops.neumann_kernel import bounds
@@ -77,6 +79,8 @@ def read_checkpoint(path: Path, options: ConvertOptions) -> Checkpoint:
             layout=options.layout,
             config_file=options.config_file,
             labels=None if options.labels_file is None else _read_labels(options.labels_file),
+            mean=options.mean,
+            std=options.std,
             rho=options.rho,
             norm_eps=options.norm_eps,
             neumann_terms=options.neumann_terms,
@@ -109,7 +113,7 @@ def convert(
         checkpoint = read_checkpoint(path, options)
         network = build_network(checkpoint)
         neumann = _fix_terms(network, options)
-        preprocessing, assumed = _preprocessing(checkpoint, options)
+        preprocessing, assumed = _preprocessing(checkpoint)
         if checkpoint.labels is not None:
             text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
             (folder / LABELS).write_text(text + "\n", encoding="utf-8")
@@ -120,7 +124,7 @@ def convert(
         met, beside = _write_whole(model, folder / MODEL, options.precision, images if options.calibrate else None)
         stages = None
         if options.fold:
-            stages = beside.save_stages(_lowered(export_stages(model), options.precision, met))
+            stages = beside.save_stages(_lowered_stages(model, options.precision, met))
         status("hashing")
         manifest = Manifest(
             config=network.config.to_dict(),
@@ -129,6 +133,8 @@ def convert(
             rho=checkpoint.rho,
             preprocessing=preprocessing,
             assumed=assumed,
+            overridden=list(checkpoint.overridden),
+            unread=list(checkpoint.unread),
             input=options.input,
             precision=options.precision,
             folded=options.fold,
@@ -159,7 +165,7 @@ def _write_whole(
     config = model.network.config
     name_operators(graph.graph, config.variant)
     add_centrality(graph, config.neumann_terms, [attention.rho for attention in model.network.attentions])
-    lower(graph, precision, met)
+    _lower(graph, precision, met, model)
     _save(with_outputs(graph, OUTPUTS), file)
     onnx.checker.check_model(file, full_check=True)
     beside = Beside(file, graph)
@@ -167,13 +173,42 @@ def _write_whole(
     return met, beside
 
 
-def _lowered(
-    stages: Iterator[tuple[Stage, ir.Model | None]], precision: str, met: dict[str, Inputs] | None
+def _lowered_stages(
+    model: ImageModel, precision: str, met: dict[str, Inputs] | None
 ) -> Iterator[tuple[Stage, ir.Model | None]]:
-    for stage, graph in stages:
+    for stage, graph in export_stages(model):
         if graph is not None:
-            lower(graph, precision, met)
+            _lower(graph, precision, met, model)
         yield stage, graph
+
+
+def _lower(graph: ir.Model, precision: str, met: dict[str, Inputs] | None, model: ImageModel) -> None:
+    """Lower a graph, and refuse weights that are not finite then, by the network's own name of them."""
+    try:
+        lower(graph, precision, met)
+    except Unrepresentable as error:
+        name = _name_of(error.weight, model)
+        raise InfexportError(f"a weight does not fit {precision}: {name}", error.details, error.hint) from error
+    for name, value in graph.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not tensor.dtype.is_floating_point():
+            continue
+        infinite = ~np.isfinite(tensor.numpy())
+        if infinite.any():
+            raise InfexportError(
+                f"the model as it is written has weights that are not finite: {name.removeprefix('network.')}",
+                f"received {int(infinite.sum())} such values of {infinite.size}: products of weights exceed float32",
+                "keep the weights as they are: --no-fold --precision fp32",
+            )
+
+
+def _name_of(weight: NDArray[Any], model: ImageModel) -> str:
+    """The parameter whose numbers, in whatever order, a weight of a graph has."""
+    numbers = np.sort(weight, axis=None)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == weight.size and np.array_equal(np.sort(parameter.detach().numpy(), axis=None), numbers):
+            return re.sub(r"^network\.|(?<=\.)(?:attention|layer)\.", "", name)
+    return "a product of several"
 
 
 def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | None:
@@ -211,12 +246,8 @@ def _terms_for(rho: float, tolerance: float) -> int:
         ) from error
 
 
-def _preprocessing(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    size = checkpoint.config.image_size
-    found = dict(checkpoint.preprocessing)
-    for name, given in (("mean", options.mean), ("std", options.std)):
-        if given is not None:
-            found[name] = given
+def _preprocessing(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    size, found = checkpoint.config.image_size, checkpoint.preprocessing
     default = {
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
@@ -229,21 +260,19 @@ def _preprocessing(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[dic
     return default | found, dict(checkpoint.assumed) | assumed
 
 
-def _read_labels(file: Path) -> list[str]:
-    """One label a line, a JSON list, or a JSON object of index → label."""
+def _read_labels(file: Path) -> list[Any] | dict[str, Any]:
+    """One label a line, or a JSON list or object in a form that `infvit.checkpoint` reads."""
     try:
         text = read_small(file).decode("utf-8-sig")  # with or without a byte order mark
         if not text.lstrip().startswith(("[", "{")):
             return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
-        values = json_of(text)
-        if isinstance(values, dict):
-            return [str(values[str(i)]) for i in range(len(values))]
-        return [str(value) for value in values]
-    except (OSError, ValueError, KeyError) as error:
+        values: list[Any] | dict[str, Any] = json_of(text)
+        return values
+    except (OSError, ValueError) as error:
         raise InfexportError(
             f"cannot read the labels: {file}",
             f"{type(error).__name__}: {error}",
-            "expected one label a line, a JSON list, or a JSON object of index to label",
+            "expected one label a line, a JSON list, or a JSON object of index to label or label to index",
         ) from error
 
 

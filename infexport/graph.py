@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import infsa_ops
+from infexport.errors import InfexportError
 
 if TYPE_CHECKING:
     import onnx
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 20
+DTYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
+"""Of tokens that the operators' bodies take, as `onnx_ir.DataType` has them."""
 MAX_GRID = 8192
 """Patches along a side, at most: 131,072 pixels at patch 16."""
 
@@ -38,9 +41,10 @@ def attach_bodies(model: ir.Model) -> ir.Model:
     """Give every node of domain `infsa` its body, as a model-local function, in place.
 
     Returns:
-        The same model.
+        The same model, without the exporter's notes to itself.
 
     Raises:
+        InfexportError: an operator on tokens of a dtype that it has no body for, such as float64.
         ValueError: nodes of one operator differ in what its body depends on, attributes and dtype. ONNX has overloads
             for that, but TensorRT's parser ignores them and would run the first body for all.
     """
@@ -54,6 +58,13 @@ def attach_bodies(model: ir.Model) -> ir.Model:
         tokens = node.inputs[0]
         assert tokens is not None, f"{node.name} has no tokens"
         assert tokens.dtype is not None, f"{node.name}: the exporter types every value"
+        if tokens.dtype.name not in DTYPES:
+            raise InfexportError(
+                f"{node.op_type} has no ONNX form for {tokens.dtype.name.lower()}",
+                f"received tokens of {tokens.dtype.name.lower()} at {node.name}, "
+                f"expected one of {', '.join(dtype.lower() for dtype in DTYPES)}",
+                "export the module in float32: export(module.float(), ...) with inputs in float32",
+            )
         values = {name: attribute.value for name, attribute in node.attributes.items()} | {"dtype": str(tokens.dtype)}
         if attributes.setdefault(node.op_type, values) != values:
             raise ValueError(
@@ -63,7 +74,21 @@ def attach_bodies(model: ir.Model) -> ir.Model:
         function = by_name[node.op_type].body(node.attributes, model.opset_imports[""], tokens.dtype)
         model.functions.setdefault(function.identifier(), function)
     model.opset_imports[infsa_ops.DOMAIN] = infsa_ops.VERSION
+    _clear_metadata(model)
     return model
+
+
+def _clear_metadata(model: ir.Model) -> None:
+    """Remove the exporter's notes to itself, in place: they hold paths of this machine, and sets in any order."""
+    import onnx_ir as ir
+
+    owners: list[Any] = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            owners += [node, node.graph, *node.outputs]
+    for owner in [*owners, *model.functions.values()]:
+        owner.metadata_props.clear()
+        owner.doc_string = None
 
 
 @contextmanager
@@ -103,7 +128,6 @@ def program_of(
 
     Without `optimize`, initializers are the module's own parameters and buffers, by their names.
     """
-    import onnx_ir as ir
     import torch
 
     operators = _operators()
@@ -124,8 +148,6 @@ def program_of(
             optimize=optimize,
         )
     assert program is not None
-    for node in ir.traversal.RecursiveGraphIterator(program.model.graph):
-        node.metadata_props.clear()  # the exporter's traces, with paths of this machine
     return program
 
 
@@ -151,6 +173,9 @@ def export(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any =
     Returns:
         A model of opset 20 in which the operators are nodes of domain `infsa`, version 1, each with a function body
         in standard operators: any runtime can run it, one with a faster kernel can take the node whole.
+
+    Raises:
+        InfexportError: the operators are given tokens in float64: they sum in float32, and their bodies say so.
     """
     import onnx_ir as ir
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infexport.digest import DIGEST, is_sealed, sealed
+from infexport.digest import is_sealed, sealed
 from infexport.errors import InfexportError
 from infexport.inputs import is_plain_name, json_of, read_small
 
@@ -19,8 +19,8 @@ CENTRALITY_MODEL = "centrality.onnx"
 """The whole graph with the output `centrality`; its weights are those of MODEL."""
 LABELS = "labels.json"
 PRECISIONS = ("fp32", "fp16", "int8")
-FORMAT = 2
-"""Version of the manifest; in 2 it has a digest of itself. A reader refuses any other."""
+FORMAT = 3
+"""Version of the manifest; in 3 its digest does not depend on where the checkpoint was. A reader refuses any other."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Manifest:
         preprocessing: `mean`, `std` and the evaluation transform (`resize_mode`, `resize_size`, `crop_size`,
             `interpolation`).
         assumed: what neither the checkpoint nor the user said, and the value taken.
+        overridden: sentences, each of a value that was used and of another one that a config of the checkpoint states.
+        unread: words of these configs that nothing reads, with their sources.
         input: `uint8` (RGB `image [B, H, W, 3]`) or `float32` (normalised `pixels [B, 3, H, W]`).
         precision: of the layers that meet every token: `fp32`, `fp16` or `int8`.
         folded: the graph has the exact rewrites of `infvit.fold`.
@@ -64,8 +66,9 @@ class Manifest:
         calibration: for `int8` with fixed ranges of activations: the number of `images` that fixed them; None where
             ranges are found at run time.
         stages: the graphs of a streamed run, in order; None where the graph is not folded.
-        digest: SHA-256 of the manifest, and so of all that it has the hashes of (`sealed`); filled in where it is
-            written.
+        digest: SHA-256 of what the manifest says but for the checkpoint's `path`, and so of all that it has the hashes
+            of: the same file, options and versions have the same digest anywhere. Filled in where it is written.
+        seal: SHA-256 of every byte of the manifest (`sealed`); filled in where it is written.
     """
 
     config: dict[str, Any]
@@ -74,6 +77,8 @@ class Manifest:
     rho: float | None
     preprocessing: dict[str, Any]
     assumed: dict[str, Any]
+    overridden: list[str]
+    unread: list[str]
     input: str
     precision: str
     folded: bool
@@ -86,6 +91,7 @@ class Manifest:
     calibration: dict[str, Any] | None = None
     stages: list[Stage] | None = None
     digest: str = ""
+    seal: str = ""
 
     @property
     def graph(self) -> dict[str, str]:
@@ -108,7 +114,7 @@ def read_sealed(file: Path) -> tuple[dict[str, Any], bool]:
         ) from error
     if not isinstance(values, dict):
         raise InfexportError(f"unreadable: {file}", f"received a {type(values).__name__}, expected a JSON object")
-    return values, is_sealed(content, values.get(DIGEST))
+    return values, is_sealed(content, values)
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -150,6 +156,10 @@ def load_manifest(file: Path) -> tuple[Manifest, bool]:
 def write_manifest(file: Path, manifest: Manifest) -> None:
     """Write it with its digest."""
     file.write_bytes(sealed(dataclasses.asdict(manifest)))
+
+
+def _sentences(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _texts(value: Any) -> bool:
@@ -253,6 +263,8 @@ _CHECKS = {
     "files": lambda v: _hashes(v) and MODEL in v and FILE not in v,
     "versions": _texts,
     "assumed": lambda v: isinstance(v, dict),
+    "overridden": _sentences,
+    "unread": _sentences,
     "neumann": lambda v: v is None or _neumann(v),
     "precision": lambda v: v in PRECISIONS,
     "calibration": lambda v: v is None or (isinstance(v, dict) and _positive(v.get("images"))),
@@ -262,6 +274,7 @@ _CHECKS = {
     "rho": lambda v: v is None or isinstance(v, float),
     "format": _positive,
     "digest": lambda v: isinstance(v, str),
+    "seal": lambda v: isinstance(v, str),
 }
 """Field → whether its value is one the tool can work with."""
 

@@ -188,6 +188,9 @@ def _part(together: ir.Model, index: int, sweep: Sweep, tensors: dict[str, Tenso
     """The graph of one part, with the weights of a sweep of its kind."""
     inputs, outputs = _names(sweep, f"{index}/")
     graph = ir.convenience.extract(together.graph, inputs, outputs)
+    taken = dict(graph.initializers)  # a set has given them their order
+    graph.initializers.clear()
+    graph.initializers.update({name: taken[name] for name in together.graph.initializers if name in taken})
     for value in (*graph.inputs, *graph.outputs):
         value.name = str(value.name).partition("/")[2]
     for name, value in graph.initializers.items():

@@ -11,11 +11,13 @@ from infexport.manifest import Manifest
 
 def warnings_of(manifest: Manifest) -> list[str]:
     """What a user must know before trusting the answers."""
+    overridden = [f"a config of the checkpoint says otherwise: {sentence}" for sentence in manifest.overridden]
     if manifest.finetuned:
-        return []
+        return overridden
     return [
+        *overridden,
         "a softmax ViT's weights, not fine-tuned with this attention: its answers are not yet good "
-        f"(variant {manifest.config['variant']}, layout {manifest.layout})"
+        f"(variant {manifest.config['variant']}, layout {manifest.layout})",
     ]
 
 
@@ -51,6 +53,8 @@ def manifest_lines(bundle: Bundle) -> list[str]:
     lines = [f"pixels      {_facts(pixels)}", f"transform   {_facts(transform)}"]
     if manifest.assumed:
         lines += textwrap.wrap(f"assumed     {_facts(manifest.assumed)}", 116, subsequent_indent=" " * 12)
+    if manifest.unread:
+        lines += textwrap.wrap(f"unread      {', '.join(manifest.unread)}", 116, subsequent_indent=" " * 12)
     return lines
 
 

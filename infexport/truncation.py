@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from infexport.errors import InfexportError
 from infsa_ops.neumann_kernel import bounds
 from infvit.network import Attention, InfViT
 
@@ -16,6 +18,9 @@ def measure_truncation(network: InfViT) -> dict[str, Any]:
     Returns:
         `a_priori_bound`: ρ^(T+1)/(1−ρ), relative to ‖V‖_F, for any image. `a_posteriori_bound`:
         ρ/(1−ρ)·‖S_T‖_F / ‖V‖_F, rigorous for the image it is computed on, which is noise of the trained size.
+
+    Raises:
+        InfexportError: the network's values are not finite on that image.
     """
     terms = network.config.neumann_terms
     measured: list[float] = []
@@ -37,6 +42,13 @@ def measure_truncation(network: InfViT) -> dict[str, Any]:
     finally:
         for handle in handles:
             handle.remove()
+    finite = [math.isfinite(bound) for bound in measured]
+    if not all(finite):
+        raise InfexportError(
+            "the network's values are not finite on an image of noise",
+            f"received such values in layer {finite.index(False)}, expected finite ones",
+            "check the checkpoint: its weights may be too large for float32",
+        )
     return {
         "a_priori_bound": bounds.a_priori_bound(network.largest_rho(), terms),
         "a_posteriori_bound": max(measured),

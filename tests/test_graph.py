@@ -11,11 +11,13 @@ import onnxruntime
 import pytest
 import torch
 from onnx import shape_inference
+from support import relative_error
 from torch import Tensor, nn
 from torch.export import Dim
 
 import infexport
 import infsa_ops
+from infexport.errors import InfexportError
 from infexport.graph import OPSET
 
 OPERATORS = {"LinearInfSAStateUpdate", "NeumannKernel"}
@@ -127,6 +129,7 @@ CHECK = """
 import sys
 import onnx
 from onnx import shape_inference
+from support import relative_error
 model = onnx.load(sys.argv[1])
 onnx.checker.check_model(model, full_check=True)
 shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -211,3 +214,32 @@ def test_export_leaves_a_module_in_training():
     assert "Dropout" not in {node.op_type for node in model.graph.node}  # exported in eval mode all the same
     assert module.training
     assert module.dropout.training
+
+
+# Other dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_valid(dtype):
+    model = infexport.export(block().to(dtype), (tokens(2, 5).to(dtype),), dynamic_shapes=DYNAMIC)
+    onnx.checker.check_model(model, full_check=True)
+    if dtype == torch.float16:  # ONNX Runtime has no products in bfloat16 on CPUs
+        session, x = onnxruntime.InferenceSession(model.SerializeToString()), tokens(2, 7)
+        (out,) = session.run(None, {session.get_inputs()[0].name: x.half().numpy()})
+        # a rounding each of the input, the weights, three products and three sums
+        assert relative_error(out, block()(x).detach()) <= 8 * torch.finfo(dtype).eps
+
+
+def test_float64_is_refused_by_name():
+    with pytest.raises(InfexportError) as caught:
+        infexport.export(block().double(), (tokens(2, 5).double(),), dynamic_shapes=DYNAMIC)
+    assert "double" in caught.value.summary
+    assert "LinearInfSAStateUpdate" in caught.value.summary
+    assert "float()" in caught.value.hint
+
+
+def test_float64_without_operators_is_a_model():
+    model = infexport.export(nn.Linear(16, 3).double(), (tokens(2, 5).double(),))
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    assert session.get_inputs()[0].type == "tensor(double)"

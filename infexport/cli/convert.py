@@ -79,7 +79,12 @@ def convert() -> None:
     type=click.Path(path_type=Path),
     help=CONFIG_HELP,
 )
-@click.option("--labels", "labels_file", type=click.Path(path_type=Path), help="Class names: lines or JSON.")
+@click.option(
+    "--labels",
+    "labels_file",
+    type=click.Path(path_type=Path),
+    help="Class names: lines, or JSON, such as imagenet_class_index.json.",
+)
 @click.option("--rho", type=float, help="Discount, where the checkpoint has none.  [default: 0.95]")
 @click.option("--norm-eps", type=click.FloatRange(min=0, min_open=True), help="Epsilon of the LayerNorms.")
 @click.option("--mean", type=Floats(), help="Mean of the pixels in [0, 1].  [default: ImageNet's]")
@@ -127,6 +132,8 @@ def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: 
             bundle = convert(checkpoint, output, ConvertOptions(calibrate=images, **options), out.status, progress)
     for name, value in bundle.manifest.assumed.items():
         out.status(f"assumed {name.replace('_', ' ')}: {value}")
+    for word in bundle.manifest.unread:
+        out.status(f"not read: {word}")
     for line in warnings_of(bundle.manifest):
         out.warning(line)
     for line in summary_lines(bundle):

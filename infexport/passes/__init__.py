@@ -14,9 +14,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from infexport.passes.accumulate import sum_in_float32
 from infexport.passes.half import to_half
 from infexport.passes.int8 import Inputs, to_int8
-from infexport.passes.products import weight_key
+from infexport.passes.products import Unrepresentable, weight_key
 
-__all__ = ["Inputs", "lower", "weight_key"]
+__all__ = ["Inputs", "Unrepresentable", "lower", "weight_key"]
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -35,6 +35,7 @@ def lower(model: ir.Model, precision: str, met: Mapping[str, Inputs] | None = No
 
     Raises:
         ValueError: a value without a shape, a product that `met` does not know, or int8 for TensorRT without `met`.
+        Unrepresentable: a weight that the precision has no numbers for.
     """
     if precision in HALF:
         to_half(model, HALF[precision])

@@ -6,13 +6,16 @@ import numpy as np
 import onnx_ir as ir
 
 from infexport.passes.edit import Editor, first_input
-from infexport.passes.products import SHAPING, Product, array, find_products
+from infexport.passes.products import SHAPING, Product, Unrepresentable, array, find_products
 
 KERNEL = {"NeumannKernel": 3, "AffinityProduct": 2, "AffinitySquaredNorm": 2}
 """Operators of Pure InfSA, as much work again as the products → how many of their inputs are in the half type.
 
 They sum in float32; `AffinityProduct` rounds its values itself, after it has scaled them.
 """
+
+LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
+"""Finite number of each half type."""
 
 ROWS = frozenset({"q", "k", "v", "query"})
 """Names of queries, keys and values among a stage's inputs and outputs."""
@@ -31,6 +34,7 @@ def to_half(model: ir.Model, dtype: ir.DataType, attention_alone: bool = False) 
 
     Raises:
         ValueError: the graph does not say what shape a value has.
+        Unrepresentable: a weight that would be infinite.
     """
     graph, half = model.graph, _Half(model.graph, dtype)
     products = {} if attention_alone else {product.node: product for product in find_products(graph)}
@@ -68,11 +72,16 @@ class _Half:
         weight, unit = array(product.weight), None
         if product.largest is not None and self._dtype == ir.DataType.FLOAT16:
             # powers of two, so that no sum exceeds 2^15 and small weights keep their digits
-            sums = np.maximum(product.largest * np.abs(weight).sum(0), 2.0**-100)
+            sums = np.maximum(product.largest * np.abs(weight.astype(np.float64)).sum(0), 2.0**-100)
             unit = np.exp2(np.ceil(np.log2(sums)) - 15).astype(np.float32)
             weight = weight / unit
         name = f"{product.weight.name}_{self._suffix}"
-        factors = [self._of(product.x), edit.initializer(name, weight.astype(self._dtype.numpy()))]
+        with np.errstate(over="ignore"):
+            rounded = weight.astype(self._dtype.numpy())
+        if not np.isfinite(rounded.astype(np.float32)).all():
+            most = LARGEST[self._dtype]
+            raise Unrepresentable(product, array(product.weight), self._suffix, most)
+        factors = [self._of(product.x), edit.initializer(name, rounded)]
         out = self._wide(edit.add("MatMul", factors, self._like(node.outputs[0])))
         if unit is not None:
             scaled = ir.val(f"{name}_scaled", ir.DataType.FLOAT, out.shape)

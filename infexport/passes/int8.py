@@ -70,7 +70,8 @@ def quantized_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDA
     """A weight `[K, N]` in units of a scale for every column `[N]`, and these."""
     scale = np.abs(weight).max(0) / np.float32(127)
     scale[scale == 0] = 1
-    return np.rint(weight / scale).astype(np.int8), scale
+    # a scale that has few digits itself, below 1e-38, may be too small by half
+    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
 
 
 class _Int8:

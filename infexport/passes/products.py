@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from infexport.errors import InfexportError
 from infexport.passes.edit import first_input
 
 SHAPING = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity"})
@@ -61,6 +62,27 @@ def find_products(graph: ir.Graph) -> list[Product]:
 def weight_key(product: Product) -> str:
     """What tells the product's weight from others, in whatever graph it is: a digest of its numbers."""
     return hashlib.sha256(array(product.weight).data).hexdigest()
+
+
+class Unrepresentable(InfexportError):
+    """A weight for which a precision has no numbers.
+
+    Attributes:
+        weight: in float32.
+    """
+
+    def __init__(self, product: Product, weight: NDArray[Any], precision: str, most: float) -> None:
+        super().__init__(
+            f"a weight does not fit {precision}: {product.weight.name}",
+            f"received a value of {largest(weight):g}, expected at most {most:g} in magnitude",
+            "keep the precision of the weights: --precision fp32",
+        )
+        self.weight = weight
+
+
+def largest(weight: NDArray[Any]) -> float:
+    """The number of the largest magnitude, with its sign."""
+    return float(weight.flat[np.abs(weight).argmax()])
 
 
 def array(initializer: ir.Value) -> NDArray[Any]:

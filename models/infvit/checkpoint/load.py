@@ -23,6 +23,7 @@ from infvit.checkpoint.settings import (
     number,
     read_labels,
 )
+from infvit.checkpoint.supported import WORDS, unread_words
 from infvit.checkpoint.tensors import canonical_tensors, fill_discount, network_tensors
 from infvit.config import InfViTConfig
 from infvit.errors import CheckpointError
@@ -46,6 +47,8 @@ class Checkpoint:
         preprocessing: what a config says of it, of `mean`, `std`, `resize_mode`, `resize_size`, `crop_size`
             and `interpolation` (`infvit.checkpoint.preprocessing`).
         assumed: values that were neither found nor given.
+        overridden: sentences, each of a value that was used and another one that a config states.
+        unread: words of the configs that nothing reads, with their sources.
         files: weight files read; what a config said is in `config`.
     """
 
@@ -57,6 +60,8 @@ class Checkpoint:
     labels: tuple[str, ...] | None
     preprocessing: dict[str, Any]
     assumed: dict[str, Any]
+    overridden: tuple[str, ...]
+    unread: tuple[str, ...]
     files: tuple[Path, ...]
 
 
@@ -68,10 +73,12 @@ def load_checkpoint(
     layout: str = "auto",
     config_file: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[Any] | Mapping[str, Any] | None = None,
     rho: float | None = None,
     norm_eps: float | None = None,
     neumann_terms: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Checkpoint:
     """Load a checkpoint from a file or a folder.
 
@@ -85,10 +92,11 @@ def load_checkpoint(
         layout: one of `LAYOUTS`, or `auto`.
         config_file: JSON object with what the shapes don't tell, in our names or Hugging Face's.
         config: the same as values; then no file is looked at, neither `config_file` nor those beside the weights.
-        labels: class names, one for every class.
+        labels: class names, one for every class, in any form that a config may have them in.
         rho: the discount, in (0, 1), for a checkpoint that has none of its own; 0.95 where nothing says.
         norm_eps: epsilon of every LayerNorm.
         neumann_terms: T of `pure_infsa`; 1, the reference package's, where nothing says.
+        mean, std: of the pixels in [0, 1], per channel.
 
     Raises:
         CheckpointError: anything wrong with the files or the arguments.
@@ -103,14 +111,14 @@ def load_checkpoint(
         "rho": rho,
         "norm_eps": norm_eps,
         "neumann_terms": neumann_terms,
-        "labels": None if labels is None else list(labels),
+        "labels": list(labels) if isinstance(labels, tuple) else labels,
     }
     weights = read_weights(Path(path))
     if config is not None:
         configs = [Source("the given config", config)]
     else:
         configs = config_sources(weights, None if config_file is None else Path(config_file))
-    settings = merge_settings([Source("the options", given), *configs])
+    settings, overridden = merge_settings([Source("the options", given), *configs], WORDS)
     chosen_layout = settings["layout"].value if "layout" in settings else "auto"
     match = choose_layout(weights.tensors, READERS, chosen_layout)
     tensors = canonical_tensors(weights.tensors, match)
@@ -130,6 +138,7 @@ def load_checkpoint(
         if "rho" not in settings:
             assumed["rho"] = DEFAULT_RHO
 
+    preprocessing, replaced = read_preprocessing([Source("the options", {"mean": mean, "std": std}), *configs])
     return Checkpoint(
         config=resolved,
         state_dict=network_tensors(tensors, resolved),
@@ -137,8 +146,10 @@ def load_checkpoint(
         finetuned=finetuned,
         rho=filled,
         labels=read_labels(settings.get("labels"), resolved.num_classes),
-        preprocessing=read_preprocessing(configs),
+        preprocessing=preprocessing,
         assumed=assumed,
+        overridden=(*overridden, *replaced),
+        unread=unread_words(configs),
         files=weights.files,
     )
 

@@ -17,37 +17,49 @@ _IMAGE_PROCESSOR = ("image_mean", "image_std", "do_normalize", "do_resize", "ima
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def read_preprocessing(sources: Iterable[Source]) -> dict[str, Any]:
+def read_preprocessing(sources: Iterable[Source]) -> tuple[dict[str, Any], list[str]]:
     """The preprocessing that `sources` state, the first source winning key by key.
 
     Returns:
         Of these what was found: `mean` and `std` (3 floats each, for pixels in [0, 1]), `resize_mode`,
-        `resize_size`, `crop_size`, `interpolation`.
+        `resize_size`, `crop_size`, `interpolation`. And a sentence for each that another source contradicts.
 
     Raises:
         CheckpointError: a value that cannot be used.
     """
-    merged = _merge(sources)
+    merged, overridden = _merge(sources)
     for key, setting in merged.items():
         accepts, expected = _CHECKS[key]
         if not accepts(setting.value):
             raise CheckpointError(f"cannot use {setting}", f"expected: {expected}", "Set it in --config FILE.")
-    return {
+    read = {
         key: tuple(float(x) for x in setting.value) if key in ("mean", "std") else setting.value
         for key, setting in merged.items()
     }
+    return read, overridden
 
 
-def _merge(sources: Iterable[Source]) -> dict[str, Setting]:
+def _merge(sources: Iterable[Source]) -> tuple[dict[str, Setting], list[str]]:
     """What `sources` state, not yet judged."""
     merged: dict[str, Setting] = {}
+    overridden = []
     for source in sources:
         for read in (_under_our_names, _from_hugging_face, _from_timm):
             found = read(source.values)
             for key in _CHECKS:
-                if found.get(key) is not None and key not in merged:
-                    merged[key] = Setting(found[key], f"{key} in {source.name}")
-    return merged
+                if found.get(key) is None:
+                    continue
+                setting = Setting(found[key], key, source)
+                winner = merged.setdefault(key, setting)
+                if not _same(winner.value, setting.value):
+                    overridden.append(f"{winner.short} is used, not {setting.short}")
+    return merged, overridden
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return list(value) == list(other)
+    return bool(value == other)
 
 
 def _under_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def _three(values: Any) -> bool:
 
 
 def _three_positive(values: Any) -> bool:
-    return _three(values) and min(values) > 0
+    return _three(values) and min(values) > 1e-9  # what is divided by less is not finite in float32
 
 
 def _positive(value: Any) -> bool:
@@ -135,7 +147,7 @@ def _positive(value: Any) -> bool:
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mean": (_three, "3 numbers"),
-    "std": (_three_positive, "3 numbers above 0"),
+    "std": (_three_positive, "3 numbers above 1e-9"),
     "resize_mode": (lambda value: value in RESIZE_MODES, f"one of {', '.join(RESIZE_MODES)}"),
     "resize_size": (_positive, "a whole number of pixels above 0; images are trained square"),
     "crop_size": (_positive, "a whole number of pixels above 0; images are trained square"),

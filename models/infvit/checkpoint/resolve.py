@@ -8,6 +8,7 @@ from typing import Any
 
 from infvit.checkpoint.layout import Layout
 from infvit.checkpoint.settings import Setting, integer, number
+from infvit.checkpoint.supported import check_supported
 from infvit.checkpoint.tensors import Named, shape_text
 from infvit.config import InfViTConfig
 from infvit.errors import CheckpointError
@@ -30,7 +31,7 @@ def resolve_config(
         CheckpointError: a setting missing, unusable, or contradicting the shapes.
     """
     shapes = _read_shapes(tensors)
-    _check_activations(settings, pooler=bool(shapes["pooler"]))
+    check_supported(settings, bool(shapes["pooler"]), shapes)
     learned = _RHO_LOGIT in tensors
     if learned:
         shapes["rho_per_head"] = tensors[_RHO_LOGIT].tensor.dim() > 0
@@ -106,14 +107,6 @@ def _check_against(settings: Mapping[str, Setting], shapes: Mapping[str, Any]) -
                 f"{settings[name]}\n{name} by the tensors' shapes: {actual}",
                 "Correct the config, or give the one that belongs to this checkpoint with --config.",
             )
-
-
-def _check_activations(settings: Mapping[str, Setting], pooler: bool) -> None:
-    fixed = {"hidden_act": "gelu", **({"pooler_act": "tanh"} if pooler else {})}
-    for name, only in fixed.items():
-        if name in settings and settings[name].value != only:
-            details = f"received {settings[name]}\nexpected: {only}"
-            raise CheckpointError("the network has an activation that InfViT has not", details)
 
 
 def _variant(settings: Mapping[str, Setting]) -> str:
