@@ -112,7 +112,11 @@ def convert(
         status(f"reading {path}")
         checkpoint = read_checkpoint(path, options)
         network = build_network(checkpoint)
+        overridden = list(checkpoint.overridden)
         neumann = _fix_terms(network, options)
+        stated, terms = checkpoint.config.neumann_terms, network.config.neumann_terms
+        if options.neumann_tol is not None and stated not in (1, terms):
+            overridden.append(f"{terms} terms by --neumann-tol are used, not neumann_terms in a config: {stated}")
         preprocessing, assumed = _preprocessing(checkpoint)
         if checkpoint.labels is not None:
             text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
@@ -133,7 +137,7 @@ def convert(
             rho=checkpoint.rho,
             preprocessing=preprocessing,
             assumed=assumed,
-            overridden=list(checkpoint.overridden),
+            overridden=overridden,
             unread=list(checkpoint.unread),
             input=options.input,
             precision=options.precision,

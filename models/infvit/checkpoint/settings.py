@@ -139,7 +139,10 @@ def _agree(name: str, value: Any, other: Any) -> bool:
         names = [_names(labels) for labels in (value, other)]
         return names[0] == names[1] or all(_PLACEHOLDER.fullmatch(str(label)) for label in names[1] or [])
     sides = [v[0] if isinstance(v, list) and len(v) == 2 and v[0] == v[1] else v for v in (value, other)]
-    return bool(sides[0] == sides[1])
+    try:
+        return bool(sides[0] == sides[1])
+    except RecursionError:  # nested too deeply to compare, and no setting is
+        return False
 
 
 def integer(setting: Setting) -> int:
