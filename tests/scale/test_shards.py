@@ -168,7 +168,7 @@ def test_a_damaged_image_is_named_by_its_url(zoo_bundle, tmp_path):
         archive.writestr("bad.png", b"no image")
     url = f"zip://bad.png::file://{tmp_path}/all.zip"
     bundle = open_bundle(zoo_bundle("digits-linear"))
-    worker = Worker(bundle.path, bundle.manifest.digest, request_of())
+    worker = Worker(bundle.path, bundle.manifest.digest, options_of(None))
     with pytest.raises(InfexportError) as caught:
         worker.look(url)
     worker.leave()
