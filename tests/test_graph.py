@@ -129,7 +129,6 @@ CHECK = """
 import sys
 import onnx
 from onnx import shape_inference
-from support import relative_error
 model = onnx.load(sys.argv[1])
 onnx.checker.check_model(model, full_check=True)
 shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
