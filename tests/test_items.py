@@ -88,7 +88,7 @@ def test_there_is_a_row_for_everything(predictor, items):
         assert hasattr(row, "logits") == (item in (DIGITS[0], str(DIGITS[1])))
 
 
-@pytest.mark.parametrize("images", [None, 7, 2.5, object()], ids=str)
+@pytest.mark.parametrize("images", [None, 7, 2.5, object()], ids=lambda value: type(value).__name__)
 def test_what_cannot_be_counted_is_an_error_of_the_call(predictor, images):
     with pytest.raises(InfexportError, match="no images"):
         predictor.predict(images)
