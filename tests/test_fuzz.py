@@ -84,6 +84,29 @@ def test_success_or_one_clear_error(name, hostile, whole, tmp_path):
     assert {end.end for end in ends.values()} == {"succeeded", "refused"}
 
 
+PLANTED = {
+    "outputs": ("infexport.heatmaps.check_apart", lambda outputs, inputs, hint: None, "output"),
+    "scratch": ("infexport.stream.driver.Tokens.check", lambda self, stages, position: None, "answer"),
+    "python": ("infexport.options.InferenceOptions.named", lambda self, names: [], "answer"),
+}
+"""Door → what is taken out of the tool, and the kind of violation that then is seen."""
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_doors_see_wrong_answers(name, hostile, whole, tmp_path, monkeypatch):
+    cases, door = hostile("cases"), hostile("doors").door(name)
+    place, fault, kind = PLANTED[name]
+    monkeypatch.setattr(place, fault)
+    monkeypatch.setattr("infexport.heatmaps.is_drawn", lambda path: True)
+    for index in range(200):
+        folder = tmp_path / str(index)
+        outcome = cases.run_case(cases.Name(SEED, name, index), folder, whole, door)
+        cases.delete(folder)
+        if outcome.kind == kind:
+            return
+    raise AssertionError("nothing was seen")
+
+
 def write(path):
     path.write_text("x")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import threading
@@ -20,8 +19,10 @@ from infexport.run import Listener
 from infexport.runners.ort import OrtRunner
 
 THREADS = 8
-CALLS = int(os.environ.get("INFEXPORT_TEST_CALLS", "12"))
-"""Of every thread; 500 are some minutes."""
+
+
+def many(way):
+    return pytest.param(way, 500, marks=pytest.mark.heavy)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +38,16 @@ def images(count, side):
     return list(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8))
 
 
-@pytest.mark.parametrize("way", ["whole", "stream", "scratch"])
-def test_answers_are_those_of_one_thread(way, zoo_bundle, tmp_path):
+@pytest.mark.parametrize(
+    ("way", "calls"),
+    [
+        ("whole", 12),
+        ("stream", 3),
+        ("scratch", 3),
+        *(pytest.param(way, 500, marks=many) for way in ("whole", "stream")),
+    ],
+)
+def test_answers_are_those_of_one_thread(way, calls, zoo_bundle, tmp_path):
     options = {"execution": "whole"} if way == "whole" else {"execution": "stream", "chunk": 64}
     options |= {"scratch": tmp_path} if way == "scratch" else {}
     given = images(12, 64)
@@ -48,7 +57,7 @@ def test_answers_are_those_of_one_thread(way, zoo_bundle, tmp_path):
 
         def call(thread):
             random = np.random.default_rng(thread)
-            for _ in range(CALLS if way == "whole" else CALLS // 4):
+            for _ in range(calls):
                 chosen = random.permutation(len(given))[: random.integers(1, 4)]
                 batch = [given[index] for index in chosen] + ([None] if random.integers(2) else [])
                 rows = predictor.predict(batch)
