@@ -60,6 +60,23 @@ def test_what_does_not_fit_is_refused(asked, memory, bundle):
     assert ("and --execution stream with tokens on disk" in error.value.hint) == (asked == "whole")
 
 
+def test_a_batch_that_does_not_fit_is_named(bundle):
+    with pytest.raises(InfexportError, match="a batch of 8 images of 4,097 tokens does not fit into 999B") as error:
+        choose(bundle, options("whole", batch_size=8), SMALL, 999)
+    assert error.value.details == "--execution whole with --batch-size 8 needs about 1000B"
+    assert "or a smaller --batch-size" in error.value.hint
+    with pytest.raises(InfexportError, match="an image of 4,097 tokens does not fit into 9B") as error:
+        choose(bundle, options("auto", batch_size=8), SMALL, 9)
+    assert "--batch-size 8" in error.value.details
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1, "1B"), (100, "100B"), (2048, "2KiB"), (2**20, "1MiB"), (3 * 2**29, "1.5GiB")]
+)
+def test_amounts_as_people_read_them(size, text):
+    assert size_text(size) == text
+
+
 @pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
 def test_memory_on_disk_hardly_grows(name, golden_bundle):
     bundle = open_bundle(golden_bundle(name))
