@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -26,7 +27,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class EngineSession:
-    """One engine, loaded on the GPU.
+    """One engine, loaded on the GPU. Threads take turns: it has one set of buffers.
 
     Args:
         bundle: the folder it lies in.
@@ -39,6 +40,7 @@ class EngineSession:
 
     def __init__(self, bundle: Path, facts: Mapping[str, Any], stages: bool = True) -> None:
         self._bundle, self._facts, self._stages = bundle, facts, stages
+        self._lock = threading.Lock()
         require("polygraphy", extra=facts["backend"])
         backend = BACKENDS[facts["backend"]]
         trt = backend.load()
@@ -85,12 +87,13 @@ class EngineSession:
         """
         self._check(feeds)
         try:
-            found = self._runner.infer({name: np.ascontiguousarray(value) for name, value in feeds.items()})
+            with self._lock:
+                found = self._runner.infer({name: np.ascontiguousarray(value) for name, value in feeds.items()})
+                return {name: np.array(value) for name, value in found.items()}  # its buffers are used again
         except Exception as error:  # Polygraphy's own, the library's, or ctypes'
             raise InfexportError(
                 f"the GPU failed in {self._facts['file']}", str(error), "smaller images or batches need less memory"
             ) from error
-        return {name: np.array(value) for name, value in found.items()}  # its buffers are used again
 
     def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
         for name, (low, _, high) in self._facts["profile"].items():

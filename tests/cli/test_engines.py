@@ -4,6 +4,8 @@ import hashlib
 import json
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 from support import relative_error
 
-from infexport import backends, engines
+from infexport import Predictor, backends, engines
 from infexport.backends import TensorRTRTX
 from infexport.bundle import open_bundle
 from infexport.digest import sealed
@@ -30,12 +32,14 @@ class FakeGpu:
         loaded, freed: names of engines, in order.
         refuses: the library takes no engine.
         fails: an engine that is run raises.
+        buffers, slow: an engine's outputs, always the same memory; seconds between them.
     """
 
     def __init__(self, folder, scratch):
         self.folder, self.scratch = folder, scratch
         self.loaded, self.freed = [], []
         self.refuses = self.fails = False
+        self.buffers, self.slow = {}, 0.0
 
     def session(self, content):
         import onnxruntime
@@ -80,7 +84,11 @@ class FakeGpu:
                 if fake.fails:
                     raise RuntimeError("an illegal memory access was encountered")
                 names = [output.name for output in self.session.get_outputs()]
-                return dict(zip(names, self.session.run(None, feeds), strict=True))
+                found = dict(zip(names, self.session.run(None, feeds), strict=True))
+                for name, value in found.items():  # the next call overwrites what this one gives
+                    fake.buffers.setdefault((self.name, name, value.shape), np.empty_like(value))[:] = value
+                    time.sleep(fake.slow)
+                return {name: fake.buffers[self.name, name, value.shape] for name, value in found.items()}
 
         return TrtRunner
 
@@ -434,3 +442,14 @@ def test_inspect_loads_an_engine(infexport, folder, gpu):
     assert found["operators"]["runs_on"].startswith("engine a100-fp32, ")
     assert found["operators"]["placement"] == found["placement"]
     assert [each["name"] for each in found["outputs"]] == ["logits", "features"]
+
+
+def test_threads_take_turns_on_an_engine(folder, gpu):
+    """Its outputs are always in the same memory, which the next call overwrites."""
+    images = [*np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)]
+    with Predictor(folder, size="native", provider="engine") as predictor:
+        expected = [row.logits for row in predictor.predict(images)]
+        gpu.slow = 0.01
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda image: predictor.predict([image])[0].logits, images * 3))
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected * 3, strict=True))
