@@ -6,11 +6,11 @@ import importlib.metadata
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -31,9 +31,11 @@ from infexport.stream.scratch import Identity, Scratch
 from infexport.stream.source import ArrayRows, Rows, Source, files_of, open_rows
 from infexport.transform import Fitted, fit, resized, transform_of
 
+T = TypeVar("T")
+
 
 class Listener:
-    """Receives progress events; ignores them by default."""
+    """Receives progress events; ignores them by default. It may call the predictor; what it raises ends the call."""
 
     def image(self, done: int) -> None:
         """So many more images are done."""
@@ -66,7 +68,7 @@ class Run:
     def __init__(self, bundle: Bundle, options: InferenceOptions, opening: Opening | None = None) -> None:
         self.bundle, self.options = bundle, options
         self.opening = opening or Opening(bundle, options.provider, options.engine, options.threads, options.centrality)
-        self.streaming = threading.Lock()
+        self.streaming = threading.RLock()  # a listener may call, too
         """Held while an image is streamed: stages are loaded one after the other."""
         self._lock = threading.RLock()
         self._calls, self._closing = 0, False
@@ -74,6 +76,7 @@ class Run:
         self._runner: Deployed | None = None
         self._stages: Stages | None = None
         self._on_gpu: bool | None = None
+        self._noted = False
 
     def __call__(
         self, images: Sequence[Item], listener: Listener | None = None, keep_centrality: bool = True
@@ -87,6 +90,7 @@ class Run:
 
         Raises:
             InfexportError: the bundle cannot be run at all.
+            Exception: of the listener.
         """
         with self._lock:
             self._calls += 1
@@ -113,47 +117,87 @@ class Run:
     def runner(self, listener: Listener) -> Deployed:
         """The runner of the whole graph, which is loaded when the first image needs it."""
         with self._lock:
+            first = self._runner is None
             if self._runner is None:
-                runner = self._sessions.enter_context(self.opening.runner())
-                listener.running(runner.provider, runner.precision)
-                if runner.provider != "cpu" and (split := spread(runner.placement)):
-                    listener.status(f"{split}; infexport inspect --provider {self.options.provider} shows which")
-                self._runner = runner
-            return self._runner
+                self._runner = self._sessions.enter_context(self.opening.runner())
+            runner = self._runner
+        if first:  # told without the lock: the listener may wait for others, or fail
+            listener.running(runner.provider, runner.precision)
+            if runner.provider != "cpu" and (split := spread(runner.placement)):
+                listener.status(f"{split}; infexport inspect --provider {self.options.provider} shows which")
+        return runner
 
     def stages(self, listener: Listener) -> Stages:
         """The runner of the stages, to be used by who holds `streaming`."""
         with self._lock:
+            first = self._stages is None
             if self._stages is None:
                 self._stages = self._sessions.enter_context(self.opening.stages())
-                listener.running(self._stages.provider, self._stages.precision)
-            return self._stages
+            stages = self._stages
+        if first:
+            listener.running(stages.provider, stages.precision)
+        return stages
 
     def on_gpu(self, listener: Listener) -> bool:
         """Whether images that are run whole are run on a GPU; the first call is told why engines are not used."""
         with self._lock:
-            if self._on_gpu is None:
-                engines = bool(self.opening.engines)
-                self._on_gpu = engines or (self.opening.seeks_gpu and self.runner(listener).provider != "cpu")
-                for note in self.opening.notes:
-                    listener.status(note)
-            return self._on_gpu
+            engines = bool(self.opening.engines)  # looked for once
+            first, self._noted = not self._noted, True
+        for note in self.opening.notes if first else ():
+            listener.status(note)
+        if self._on_gpu is None:
+            self._on_gpu = engines or (self.opening.seeks_gpu and self.runner(listener).provider != "cpu")
+        return self._on_gpu
+
+
+class _Heard(Listener):
+    """Hands all on to another listener; keeps what that raises, which is no image's failure.
+
+    Attributes:
+        error: that was raised, or None.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self.error: Exception | None = None
+
+    def image(self, done: int) -> None:
+        self._tell("image", done)
+
+    def answer(self, index: int, answer: Prediction) -> None:
+        self._tell("answer", index, answer)
+
+    def status(self, message: str) -> None:
+        self._tell("status", message)
+
+    def running(self, provider: str, precision: str) -> None:
+        self._tell("running", provider, precision)
+
+    def sweep(self, file: str, stage: int, done: int, total: int) -> None:
+        self._tell("sweep", file, stage, done, total)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        try:
+            getattr(self._listener, method)(*arguments)
+        except Exception as error:
+            self.error = error
+            raise
 
 
 class _Call:
     """One call of a `Run`: reads every image, plans how it is run, and batches or streams it."""
 
     def __init__(self, run: Run, images: Sequence[Item], listener: Listener, keep_centrality: bool) -> None:
-        self._run, self._bundle, self._options, self._listener = run, run.bundle, run.options, listener
+        self._run, self._bundle, self._options, self._listener = run, run.bundle, run.options, _Heard(listener)
         self._keep_centrality = keep_centrality
         self._images, self._rows = list(images), dict[int, Row]()
         self._transform = transform_of(run.bundle.manifest.preprocessing)
         self._patch = run.bundle.manifest.config["patch_size"]
-        self._on_gpu = run.on_gpu(listener)
+        self._on_gpu = run.on_gpu(self._listener)
         self._chunk = run.opening.chunk(run.options.chunk)
         self._room = run.options.memory or usual_memory()
         if "whole" in run.opening.engines and run.options.execution != "stream":
-            run.runner(listener)  # one that cannot be loaded is no image's failure
+            run.runner(self._listener)  # one that cannot be loaded is no image's failure
 
     def run(self) -> list[Row]:
         batches = _Batches(self._options.batch_size)
@@ -164,8 +208,10 @@ class _Call:
                 continue
             for batch in batches.add(index, whole):
                 self._run_whole(batch)
+                self._listener.image(len(batch))
         for batch in batches.rest():
             self._run_whole(batch)
+            self._listener.image(len(batch))
         self._tell_unused()
         return [self._rows[index] for index in range(len(self._images))]
 
@@ -219,8 +265,12 @@ class _Call:
         return takes or (opening.engines_alone and "stream" not in opening.engines)
 
     def _run_whole(self, batch: Sequence[tuple[int, Fitted]]) -> None:
-        runner = self._run.runner(self._listener)
-        with self._failing([index for index, _ in batch], _shapes(batch)):
+        indices = [index for index, _ in batch]
+        runner = self._opened(indices, self._run.runner)
+        if runner is None:
+            return
+        answers: list[tuple[int, Prediction]] = []
+        with self._failing(indices, _shapes(batch)):
             values = runner.run(np.stack([image.pixels for _, image in batch]))
             for row, (index, image) in enumerate(batch):
                 grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
@@ -228,14 +278,32 @@ class _Call:
                 logits, features = values["logits"][row].copy(), values["features"][row].copy()
                 centrality = of_tokens(values[CENTRALITY][row], grid) if self._options.centrality else None
                 name = name_of(self._images, index)
-                self._answer(index, Prediction(name, grid, image.padded_share, logits, features, centrality=centrality))
-        self._listener.image(len(batch))
+                prediction = Prediction(name, grid, image.padded_share, logits, features, centrality=centrality)
+                answers.append((index, prediction))
+        for index, answer in answers:
+            self._answer(index, answer)
 
     def _stream(self, index: int, image: Path | Pixels, source: Source, way: Way) -> None:
-        with self._run.streaming:
-            stages = self._run.stages(self._listener)
-            with self._failing([index], "while streaming it"), named(self._images[index], image):
-                self._answer(index, self._streamed(index, image, source, way, stages))
+        stages = self._opened([index], self._run.stages)
+        if stages is None:
+            return
+        answer: Prediction | None = None
+        with (
+            self._run.streaming,
+            self._failing([index], "while streaming it"),
+            named(self._images[index], image),
+        ):
+            answer = self._streamed(index, image, source, way, stages)
+        if answer is not None:
+            self._answer(index, answer)
+
+    def _opened(self, indices: Sequence[int], opens: Callable[[Listener], T]) -> T | None:
+        """A runner; where it cannot be opened, a call that has answers keeps them, and these images fail."""
+        if not any(isinstance(row, Prediction) for row in self._rows.values()):
+            return opens(self._listener)
+        with self._failing(indices, "while loading what runs it"):
+            return opens(self._listener)
+        return None
 
     def _streamed(self, index: int, image: Path | Pixels, source: Source, way: Way, stages: Stages) -> Prediction:
         options, listener = self._options, self._listener
@@ -297,10 +365,12 @@ class _Call:
 
     @contextmanager
     def _failing(self, indices: Sequence[int], doing: str) -> Iterator[None]:
-        """What goes wrong here is a failure of these images."""
+        """What goes wrong here is a failure of these images; not what the listener raises."""
         try:
             yield
         except (InfexportError, MemoryError, OSError) as error:
+            if self._listener.error is not None:
+                raise self._listener.error from None
             # a new one: what was raised holds on to all that was in memory where it was
             if isinstance(error, InfexportError):
                 reason = InfexportError(error.summary, error.details, error.hint)
@@ -311,13 +381,16 @@ class _Call:
             self._rows |= {index: Failure(name_of(self._images, index), reason) for index in indices}
 
     def _tell_unused(self) -> None:
-        """Tell of options that would have had an effect on streamed images, where there were none."""
-        named = self._options.named(("chunk", "tokens"))
+        """Tell of options that had no effect, since images were run the other way."""
         answers = [row for row in self._rows.values() if isinstance(row, Prediction)]
-        if named and answers and all(row.execution == "whole" for row in answers):
-            self._listener.status(
-                f"no image was streamed: {' and '.join(named)} had no effect; execution stream streams all"
-            )
+        whole = sum(row.execution == "whole" for row in answers)
+        for names, used, told in (
+            (("chunk", "tokens"), whole < len(answers), "no image was streamed: {}; execution stream streams all"),
+            (("batch_size",), whole > 0, "all images were streamed, one by one: {}"),
+        ):
+            named = self._options.named(names)
+            if named and answers and not used:
+                self._listener.status(told.format(f"{' and '.join(named)} had no effect"))
 
 
 class _Batches:

@@ -107,13 +107,16 @@ def test_the_table_names_options():
     assert {*PROVIDERS} == {"auto", "engine", *OF_ONNX_RUNTIME}
 
 
-def test_what_had_no_effect_is_told(infexport, zoo_bundle):
-    """With `auto` an option of streaming is right, but where nothing was streamed somebody should know."""
+def test_what_had_no_effect_is_told(infexport, zoo_bundle, tmp_path):
+    """With `auto` an option of either way is right, but where no image was run that way somebody should know."""
     bundle = zoo_bundle("digits-linear")
     told = infexport("run-engine", bundle, DIGIT, "--chunk", 64, "--tokens", "float16").stderr
     assert "no image was streamed: chunk and tokens had no effect" in told
     assert "no effect" not in infexport("run-engine", bundle, DIGIT).stderr
     assert "no effect" not in infexport("run-engine", bundle, DIGIT, "--chunk", 64, "--execution", "stream").stderr
+    told = infexport("run-engine", bundle, DIGIT, "--batch-size", 2, "--scratch", tmp_path).stderr
+    assert "all images were streamed, one by one: batch_size had no effect" in told
+    assert "no effect" not in infexport("run-engine", bundle, DIGIT, "--batch-size", 2).stderr
     told = infexport("validate", "accuracy", bundle, DIGIT.parent, "--no-pytorch", "--execution", "stream",
                      "--batch-size", 8, exit_code=2).stderr  # fmt: skip
     assert "batch_size would be ignored" in told
