@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,10 +16,11 @@ from infexport.errors import InfexportError
 from infexport.extras import require
 from infexport.images import DRAWN_BY, Pixels, is_drawn
 from infexport.options import Detail, Size
-from infexport.outputs import check_apart, check_writable, drawing_errors, written
-from infexport.remote import at_hand, shown
+from infexport.outputs import check_apart, check_folder, drawing_errors, written
+from infexport.remote import at_hand
 from infexport.stream.source import open_rows
 from infexport.transform import EvalTransform, transform_of, window
+from infexport.urls import name_of_url
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,15 +164,6 @@ def save(figure: Figure, file: Path) -> None:
         figure.savefig(stream, format="png", metadata={"Software": DRAWN_BY})
 
 
-def check_folder(folder: Path) -> None:
-    """Make a folder for heat maps, and find out before the long work that it cannot be written to.
-
-    Raises:
-        InfexportError: it cannot.
-    """
-    check_writable(folder / "map.png", "heat map", (".png",), ELSEWHERE)
-
-
 class HeatmapWriter:
     """Draws the heat map of every answer, as `<name>.png` in a folder.
 
@@ -194,13 +187,13 @@ class HeatmapWriter:
         self, bundle: Bundle, files: Sequence[Path | str], size: Size, folder: Path, detail: Detail = "mean"
     ) -> None:
         require("matplotlib", extra="plot")
-        check_folder(folder)
+        check_folder(folder, "heat map", ELSEWHERE)
         self._bundle, self._images, self._size, self._detail = bundle, files, size, detail
-        names = names_of([file if isinstance(file, Path) else Path(shown(file)) for file in files])
+        names = names_of([file if isinstance(file, Path) else Path(name_of_url(file)) for file in files])
         self._pictures = [folder / f"{name}.png" for name in names]
         check_apart(dict.fromkeys(self._pictures, "heat map"), files, ELSEWHERE)
         for picture in self._pictures:
-            if picture.is_file() and not is_drawn(picture):
+            if os.path.lexists(picture) and not is_drawn(picture):
                 raise InfexportError(f"the heat map would replace a file that is none: {picture}", hint=ELSEWHERE)
         self.failed: list[InfexportError] = []
         self.drawn = 0
@@ -217,12 +210,14 @@ class HeatmapWriter:
     def _draw(self, index: int, answer: Prediction) -> None:
         assert answer.centrality is not None, "asked for"
         (top,) = answer.top_k(1, self._bundle.labels)
-        title = f"{Path(answer.file).stem}: {top['label']}, {top['probability']:.1%}"
-        with at_hand(self._images[index]) as file:
-            pixels, image = overview(file)
+        image = self._images[index]
+        name = Path(answer.file if isinstance(image, Path) else name_of_url(image)).stem
+        title = f"{name}: {top['label']}, {top['probability']:.1%}"
+        with at_hand(image) as file:
+            pixels, sides = overview(file)
         transform = transform_of(self._bundle.manifest.preprocessing)
-        extent = region(image, answer.grid, self._bundle.manifest.config["patch_size"], self._size, transform)
-        figure = figure_of(answer.centrality, pixels, image, extent, title, self._detail)
+        extent = region(sides, answer.grid, self._bundle.manifest.config["patch_size"], self._size, transform)
+        figure = figure_of(answer.centrality, pixels, sides, extent, title, self._detail)
         save(figure, self._pictures[index])
         figure.clear()  # its parts hold each other: Python would look for them only now and then
 

@@ -279,17 +279,20 @@ _CHECKS = {
 """Field → whether its value is one the tool can work with."""
 
 
-def check_outside_bundles(path: Path, kind: str) -> None:
+def check_outside_bundles(path: Path, kind: str, is_folder: bool = False) -> None:
     """Refuse to write into a bundle: what is added to it would be lost with it, what is replaced would ruin it.
 
     Args:
         path: where something is to be written.
         kind: what it is, for people.
+        is_folder: it is a folder that something is put into, and may be no bundle itself.
 
     Raises:
         InfexportError: a folder that it is in, by whatever links, is a bundle.
+        OSError: that cannot be found out.
     """
-    for folder in Path(os.path.realpath(path)).parents:
+    place = Path(os.path.realpath(path))
+    for folder in (*([place] if is_folder else []), *place.parents):
         if (folder / FILE).is_file() and (folder / MODEL).is_file():
             raise InfexportError(
                 f"the {kind} is inside a bundle: {path}", f"the bundle: {folder}", "name another place"

@@ -28,22 +28,50 @@ def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) 
         hint: where it cannot be written to.
 
     Raises:
-        InfexportError: an unknown suffix, a place inside a bundle, or one that cannot be written to.
+        InfexportError: an unknown suffix, a place inside a bundle, of a folder, pipe or device, or one that cannot be
+            written to.
     """
     if path.suffix.lower() not in suffixes:
         raise InfexportError(
             f"unknown kind of {kind}: {path}",
             f"received {path.suffix or 'no suffix'}, expected {', '.join(suffixes)}",
         )
-    if path.is_dir():
-        raise InfexportError(f"the {kind} is a folder: {path}", hint="name a file")
-    check_outside_bundles(path, kind)
+    with _errors(path, kind, hint):
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise InfexportError(f"the {kind} is a folder: {path}", hint="name a file")
+        if not stat.S_ISREG(mode):  # the file that is made would be put in its place
+            raise InfexportError(f"the {kind} is no ordinary file: {path}", "a pipe or a device is there", hint)
+        check_outside_bundles(path, kind)
+        _make_ready(Path(os.path.realpath(path)).parent)
+
+
+def check_folder(path: Path, kind: str, hint: str) -> None:
+    """Find out before the long work that nothing can be written to a folder, which is made ready.
+
+    Args:
+        path: the folder.
+        kind, hint: as of `check_writable`.
+
+    Raises:
+        InfexportError: it is inside a bundle, or cannot be written to.
+    """
+    with _errors(path, kind, hint):
+        check_outside_bundles(path, kind, is_folder=True)
+        _make_ready(path)
+
+
+def _make_ready(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    sweep(folder)
+
+
+@contextmanager
+def _errors(path: Path, kind: str, hint: str) -> Iterator[None]:
     try:
-        folder = Path(os.path.realpath(path)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        sweep(folder)
+        yield
     except OSError as error:
         raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error
 
@@ -127,7 +155,7 @@ def written(path: Path, kind: str, hint: str) -> Iterator[BinaryIO]:
     Raises:
         InfexportError: it cannot be written.
     """
-    try:
+    with _errors(path, kind, hint):
         place = Path(os.path.realpath(path))
         with partial_folder(place.parent) as folder:
             partial = folder / f"{kind}{path.suffix}"  # made here, it has the mode everyone's files have
@@ -139,5 +167,3 @@ def written(path: Path, kind: str, hint: str) -> Iterator[BinaryIO]:
                 partial.chmod(stat.S_IMODE(place.stat().st_mode))
             partial.replace(place)
         sync_entry(place.parent)
-    except OSError as error:
-        raise InfexportError(f"cannot write the {kind}: {path}", str(error), hint) from error

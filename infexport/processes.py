@@ -158,4 +158,4 @@ def serve(work: Callable[[Message, Callable[[Message], None]], None]) -> None:
     except InfexportError as error:
         tell(error.to_dict())
     except MemoryError as error:
-        tell(InfexportError("not enough memory", str(error), "try smaller --sizes or a smaller batch").to_dict())
+        tell(InfexportError("not enough memory", str(error), "smaller images or batches need less memory").to_dict())

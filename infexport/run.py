@@ -21,6 +21,7 @@ from infexport.errors import InfexportError
 from infexport.execution import Image, Way, choose, usual_memory
 from infexport.images import Pixels, pixels_of, read_image
 from infexport.machine import cache_folder, usable_cores
+from infexport.manifest import check_outside_bundles
 from infexport.options import InferenceOptions
 from infexport.predictions import Failure, Prediction, Row
 from infexport.remote import Item, at_hand, is_url, named, shown
@@ -63,9 +64,14 @@ class Run:
         bundle: whose preprocessing is applied.
         options: of the run.
         opening: opens the runners; None for what the options name.
+
+    Raises:
+        InfexportError: the scratch folder is inside a bundle.
     """
 
     def __init__(self, bundle: Bundle, options: InferenceOptions, opening: Opening | None = None) -> None:
+        if options.scratch is not None:
+            check_outside_bundles(options.scratch, "scratch folder", is_folder=True)
         self.bundle, self.options = bundle, options
         self.opening = opening or Opening(bundle, options.provider, options.engine, options.threads, options.centrality)
         self.streaming = threading.RLock()  # a listener may call, too
@@ -482,7 +488,7 @@ def _shapes(batch: Sequence[tuple[int, Fitted]]) -> str:
 
 
 def _out_of_memory(doing: str) -> InfexportError:
-    return InfexportError("not enough memory for an image", doing, "try a smaller --size or --batch-size")
+    return InfexportError("not enough memory for an image", doing, "smaller images or batches need less memory")
 
 
 def _system_error(error: OSError, doing: str) -> InfexportError:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, unquote_plus
 
 HIDDEN = "…"
@@ -55,6 +56,12 @@ def segments(url: str) -> list[Segment]:
 def shown(url: str) -> str:
     """A URL for people: without passwords, and without queries and fragments, which may be signatures."""
     return "::".join(segment.shown for segment in segments(url))
+
+
+def name_of_url(url: str) -> str:
+    """Name of the file that a URL leads to, for people: a chain's first URL has it. Without one, the host's."""
+    first = segments(url)[0]
+    return PurePosixPath(first.host + first.path).name or shown(url)
 
 
 def scrubbed(text: str, *urls: str) -> str:

@@ -17,7 +17,7 @@ from support import ZOO
 
 from infexport.errors import InfexportError
 from infexport.remote import at_hand, find, named
-from infexport.urls import scrubbed, shown
+from infexport.urls import name_of_url, scrubbed, shown
 
 DIGIT = min((ZOO / "digits-held-out").glob("*.png"))
 
@@ -182,3 +182,17 @@ def test_a_full_disk_is_no_matter_of_credentials(archive, monkeypatch):
         pass
     assert "make room in" in caught.value.hint
     assert not re.search("credentials", caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://host/a/scan.png?key=1", "scan.png"),
+        ("https://host/a%20b.tif", "a%20b.tif"),
+        ("zip://top.png::https://host/all.zip", "top.png"),
+        ("zip://in/it.png::simplecache::s3://bucket/all.zip", "it.png"),
+        ("https://me:word@host", "host"),
+    ],
+)
+def test_the_name_of_a_file(url, name):
+    assert name_of_url(url) == name

@@ -221,7 +221,7 @@ class ErrorGroup(click.Group):
             summary = f"{error.strerror or error}: {error.filename or 'while reading or writing'}"
             fail(InfexportError(summary, hint="check the path, its permissions and the room left on the disk"))
         except MemoryError as error:
-            fail(InfexportError("not enough memory", str(error), "try smaller sizes or a smaller --batch-size"))
+            fail(InfexportError("not enough memory", str(error), "smaller images or batches need less memory"))
 
 
 @contextmanager

@@ -155,13 +155,13 @@ def run_engine(
         if not images:
             return
     files = find(images)
+    pictures = None if heatmaps is None else HeatmapWriter(opened, files, size, heatmaps, heatmap_detail or "mean")
     if output is not None:
         check_output(output)
         check_apart({output: "output"}, files, "choose another --output")
     warnings = warnings_of(opened.manifest)
     for line in warnings:
         out.warning(line)
-    pictures = None if heatmaps is None else HeatmapWriter(opened, files, size, heatmaps, heatmap_detail or "mean")
     with ExitStack() as stack:
         numbers = stack.enter_context(closing(CentralityFile(output))) if centrality and output else None
         sinks = [sink.take for sink in (pictures, numbers) if sink is not None]

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from infexport.stream.stores import replace_file, scratch_errors
 RUN, STATE, LOCK = "run.json", "state.npz", "lock"
 CPUINFO = Path("/proc/cpuinfo")
 PREFIX = "infexport-"
+NAME = re.compile(f"({PREFIX}[0-9a-f]{{32}})-[0-9]+")
+"""Of a run's folder: what its fingerprint gives, and a number. Other folders may begin alike."""
 PARTS = ("sums", "added", "squares", "checksums")
 """Arrays of a position, by name."""
 
@@ -149,7 +152,7 @@ class Scratch:
     def _changed(self) -> str:
         """How this run differs from another one of the image that has a folder here; of several, the most alike."""
         now, found = self._identity.to_dict(), list[tuple[list[str], Path]]()
-        for folder in self._root.glob(f"{PREFIX}*"):
+        for folder in _folders(self._root):
             with suppress(OSError):
                 other = _read(folder / RUN) or {}
                 facts = other.get("facts")
@@ -200,9 +203,22 @@ class Scratch:
         self._lock.close()
 
 
+def _folders(root: Path, name: str = "") -> list[Path]:
+    """The folders of runs, or of those with one fingerprint; none where `root` is not there.
+
+    Raises:
+        OSError: it cannot be looked into.
+    """
+    try:
+        found = [(NAME.fullmatch(path.name), path) for path in root.iterdir()]
+    except FileNotFoundError:
+        return []
+    return [path for match, path in found if match and name in ("", match[1])]
+
+
 def _free_folder(root: Path, name: str) -> tuple[Path, IO[str]]:
     """A folder of a fingerprint that no process is in, and its lock: one that was left before one that is made."""
-    left = sorted(root.glob(f"{name}*"), key=lambda folder: (not (folder / STATE).is_file(), folder.name))
+    left = sorted(_folders(root, name), key=lambda folder: (not (folder / STATE).is_file(), folder.name))
     for folder in itertools.chain(left, (root / f"{name}-{number}" for number in itertools.count(1))):
         lock = _locked(folder)
         if lock is not None:
@@ -211,7 +227,11 @@ def _free_folder(root: Path, name: str) -> tuple[Path, IO[str]]:
 
 
 def _locked(folder: Path) -> IO[str] | None:
-    """The lock of a folder, which is made; None where another process has it."""
+    """The lock of a folder, which is made; None where another process has it.
+
+    Raises:
+        OSError: it cannot be made, or the disk has no locks.
+    """
     import fcntl  # not everywhere
 
     while True:
@@ -230,9 +250,12 @@ def _locked(folder: Path) -> IO[str] | None:
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.close()
             return None
+        except OSError:
+            lock.close()
+            raise
         if os.fstat(lock.fileno()).st_nlink:
             return lock
         lock.close()
@@ -303,14 +326,19 @@ def _read_position(file: Path) -> Position | None:
 
 
 def clean(root: Path) -> int:
-    """Delete what interrupted runs left in `root`, but for what a process is in: bytes that are free now."""
+    """Delete what interrupted runs left in `root`, but for what a process is in: bytes that are free now.
+
+    Raises:
+        InfexportError: it cannot be looked into.
+    """
     freed = 0
-    for folder in root.glob(f"{PREFIX}*"):
-        lock = None
-        with suppress(InfexportError):  # it may be somebody else's
-            lock = _locked(folder) if (folder / LOCK).is_file() else None
-        if lock is not None:
-            freed += sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-            _delete(folder)
-            lock.close()
+    with scratch_errors(root):
+        for folder in _folders(root):
+            lock = None
+            with suppress(InfexportError):  # it may be somebody else's
+                lock = _locked(folder)
+            if lock is not None:
+                freed += sum(file.lstat().st_blocks * 512 for file in folder.iterdir())
+                _delete(folder)
+                lock.close()
     return freed

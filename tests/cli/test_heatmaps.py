@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -212,17 +213,30 @@ def test_any_name_has_a_picture(name, infexport, zoo_bundle, tmp_path):
     assert [path.name for path in (tmp_path / "maps").iterdir()] == [file.name]
 
 
+def test_a_map_of_an_image_in_an_archive_has_the_image_s_name(infexport, zoo_bundle, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in ("first.png", "in/second.png"):
+            archive.write(HELD_OUT / next(iter(DIGITS)), name)
+    titles = []
+    figure_of = heatmaps.figure_of
+    monkeypatch.setattr(heatmaps, "figure_of", lambda *given: titles.append(given[4]) or figure_of(*given))
+    urls = [f"zip://{name}::file://{tmp_path}/all.zip" for name in ("first.png", "in/second.png")]
+    infexport("run-engine", zoo_bundle("canvases-linear"), *urls, "--heatmaps", tmp_path / "maps")
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["first.png", "second.png"]
+    assert [title.partition(":")[0] for title in titles] == ["first", "second"]
+
+
 def test_a_picture_that_cannot_be_written_loses_no_answer(infexport, zoo_bundle, tmp_path):
-    for name in ("a", "b"):
-        shutil.copy(HELD_OUT / next(iter(DIGITS)), tmp_path / f"{name}.png")
-    (tmp_path / "maps" / "a.png").mkdir(parents=True)
-    images = (tmp_path / "a.png", tmp_path / "b.png")
+    images = [tmp_path / folder / f"{'a' * 251}.png" for folder in ("a", "b")]  # a number makes it too long
+    for image in images:
+        image.parent.mkdir()
+        shutil.copy(HELD_OUT / next(iter(DIGITS)), image)
     options = ("--heatmaps", tmp_path / "maps", "-o", tmp_path / "out.csv")
     result = infexport("run-engine", zoo_bundle("canvases-linear"), *images, *options, exit_code=1)
     assert "cannot write the heat map" in result.stderr
     assert "wrote 1 heat maps" in result.stderr
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 3
-    assert (tmp_path / "maps" / "b.png").is_file()
+    assert (tmp_path / "maps" / images[0].name).is_file()
     (tmp_path / "file").write_text("")
     result = infexport("run-engine", zoo_bundle("canvases-linear"), *images, "--heatmaps", tmp_path / "file" / "maps",
                        exit_code=2)  # fmt: skip

@@ -7,9 +7,10 @@ import errno
 import json
 import os
 import shutil
+import socket
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ import pytest
 from PIL import Image
 from support import ZOO
 
-from infexport import heatmaps, outputs
+from infexport import Predictor, heatmaps, outputs
 from infexport.bundle import open_bundle
+from infexport.errors import InfexportError
 
 DIGITS = sorted((ZOO / "digits-held-out").glob("*.png"))
 
@@ -141,6 +143,55 @@ def test_a_link_is_written_through_and_a_mode_is_kept(infexport, bundle, tmp_pat
     assert json.loads(target.read_text())["images"][0]["index"] == 0
     assert target.stat().st_mode & 0o777 == 0o600
     assert [file.name for file in target.parent.iterdir()] == ["private.json"]
+
+
+@pytest.mark.parametrize("there", ["pipe", "link to a socket", "folder of the maps", "long name"])
+def test_a_place_for_no_file_is_refused_before_the_work(there, infexport, bundle, tmp_path):
+    """A pipe or a device would be replaced by a file: as the administrator, /dev/null by way of a link."""
+    output, more = tmp_path / "out.json", ()
+    if there == "pipe":
+        os.mkfifo(output)
+    elif there == "link to a socket":
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(tmp_path / "socket"))  # whose names are short
+        output.symlink_to(tmp_path / "socket")
+    elif there == "folder of the maps":
+        more = ("--heatmaps", output)
+    else:
+        output = output.with_name(f"{'x' * 260}.json")
+    result = infexport("run-engine", bundle, DIGITS[0], "-o", output, *more, exit_code=2)
+    assert "the output" in result.stderr
+    assert not result.stdout
+    with suppress(OSError):  # of a long name
+        assert not output.is_file()
+
+
+@pytest.mark.parametrize("there", ["folder", "pipe", "link that leads nowhere"])
+def test_a_map_replaces_only_maps(there, infexport, bundle, tmp_path):
+    picture = tmp_path / "maps" / DIGITS[0].name
+    picture.parent.mkdir()
+    if there == "folder":
+        picture.mkdir()
+    elif there == "pipe":
+        os.mkfifo(picture)
+    else:
+        picture.symlink_to(tmp_path / "elsewhere.png")
+    result = infexport("run-engine", bundle, DIGITS[0], "--heatmaps", picture.parent, exit_code=2)
+    assert "the heat map would replace a file that is none" in result.stderr
+    assert not result.stdout
+    assert not (tmp_path / "elsewhere.png").exists()
+
+
+@pytest.mark.parametrize("inner", ["", "tokens"])
+def test_a_scratch_folder_is_in_no_bundle(inner, infexport, bundle, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    (tmp_path / "link").symlink_to(other)
+    for folder in (other / inner, tmp_path / "link" / inner):
+        told = infexport("run-engine", bundle, DIGITS[0], "--scratch", folder, exit_code=2).stderr
+        assert "the scratch folder is inside a bundle" in told
+        with pytest.raises(InfexportError, match="the scratch folder is inside a bundle"):
+            Predictor(bundle, scratch=folder).predict([DIGITS[0]])
+    assert contents(other).keys() == contents(bundle).keys()
 
 
 @pytest.mark.parametrize("suffix", [".CSV", ".Npz", ".JSON", ".PARQUET"])

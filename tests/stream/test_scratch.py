@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -145,6 +146,63 @@ def test_clean_deletes_what_was_left_and_nothing_that_is_in_use(image_file, tmp_
         assert (alive.folder / "tokens").exists()
         assert clean(tmp_path) == 0
     assert (tmp_path / "somebody else's").exists()
+
+
+@pytest.mark.parametrize("name", ["infexport-project", f"infexport-{'0' * 32}", f"infexport-{'0' * 32}-1-kept"])
+def test_clean_deletes_no_folder_that_is_only_called_alike(name, image_file, tmp_path):
+    (tmp_path / name).mkdir()
+    for file in ("lock", "thesis"):
+        (tmp_path / name / file).write_text("precious")
+    folder = left_by(tmp_path, Identity([image_file], {}))
+    clean(tmp_path)
+    assert not folder.exists()
+    assert (tmp_path / name / "thesis").read_text() == "precious"
+
+
+def test_clean_goes_on_past_a_folder_of_somebody_else(image_file, tmp_path, monkeypatch):
+    """Whose content may not even be looked at."""
+    left_by(tmp_path, Identity([image_file], {}))
+    other = tmp_path / f"infexport-{'0' * 32}-1"
+    other.mkdir()
+    lstat = Path.lstat
+
+    def status(path):
+        found = lstat(path)
+        return os.stat_result([*found[:4], 12345, *found[5:]]) if path == other else found
+
+    of_all = Path.is_file
+
+    def is_file(path):
+        if other in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return of_all(path)
+
+    monkeypatch.setattr(Path, "lstat", status)
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert clean(tmp_path) >= 5000
+    assert sorted(tmp_path.iterdir()) == [image_file, other]
+
+
+def test_clean_of_a_folder_that_cannot_be_listed_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InfexportError, match="cannot use the scratch file"):
+        clean(tmp_path / "file")
+    assert clean(tmp_path / "nothing") == 0
+
+
+def test_a_disk_without_locks_is_told(image_file, tmp_path, monkeypatch):
+    """And not taken for one on which other processes have all folders, whose numbers do not end."""
+
+    def fail(*arguments):
+        calls.append(arguments)
+        assert len(calls) < 3
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    calls = []
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(InfexportError) as error, Scratch(tmp_path, Identity([image_file], {}), print):
+        pass
+    assert error.value.details == os.strerror(errno.ENOLCK)
 
 
 def test_killed_while_it_is_deleted_it_starts_anew(image_file, tmp_path, monkeypatch):
