@@ -80,7 +80,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Report:
-    """How often a bundle is right; true where there are images, all were judged, and top-1 is what was required.
+    """Accuracy of a bundle; true where there are images, all were judged, and top-1 is what was required.
 
     Attributes:
         path, verified: of the bundle, and whether its hashes were right.

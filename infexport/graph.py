@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OPSET = 20
 DTYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
-"""Of tokens that the operators' bodies take, as `onnx_ir.DataType` has them."""
+"""Token types that the operators' bodies take, as `onnx_ir.DataType` has them."""
 MAX_GRID = 8192
 """Patches along a side, at most: 131,072 pixels at patch 16."""
 

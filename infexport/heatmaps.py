@@ -40,7 +40,7 @@ GREY = np.array([0.299, 0.587, 0.114])
 ALPHA = 0.6
 """Of a map over its image."""
 ASPECT = 12
-"""Of an image with a longer side than so many times the shorter, the shorter is drawn larger: it would be a line."""
+"""Ratio of sides from which the shorter is drawn larger: it would be a line."""
 
 
 def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
@@ -63,7 +63,7 @@ def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
 
 
 def _edges(side: int, parts: int) -> NDArray[np.intp]:
-    """Where each of so many parts of a side begins, and the last ends, in whole pixels."""
+    """Return where each of `parts` parts of a side begins, and the last ends, in whole pixels."""
     return np.arange(parts + 1) * side // parts
 
 

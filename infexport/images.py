@@ -51,7 +51,7 @@ _EXIF_ORIENTATION, _TIFF_BITS, _TIFF_PHOTOMETRIC = 0x0112, 258, 262
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """As `expand_folders`, without the heat maps of earlier runs.
+    """Find images as `expand_folders` does, without the heat maps of earlier runs.
 
     Raises:
         InfexportError: as of `expand_folders`, or there are only heat maps.
@@ -89,7 +89,7 @@ DRAWN_BY = "infexport heat map"
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether a file is a heat map that infexport has drawn, which is no image to be labelled."""
+    """Tell whether a file is a heat map that infexport has drawn, which is no image to be labelled."""
     try:
         check_ordinary(path)
         with path.open("rb") as file:

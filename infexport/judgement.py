@@ -86,7 +86,7 @@ class Report:
 
     @property
     def compared(self) -> str:
-        """What was compared, in words."""
+        """The two sides that were compared, in words."""
         return f"the bundle with {NETWORK}"
 
     @property

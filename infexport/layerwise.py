@@ -56,7 +56,7 @@ class Error:
 
     @property
     def share(self) -> float:
-        """Of the budget; infinite where there is none, or it cannot be told."""
+        """Share of the budget; infinite where there is none, or it cannot be told."""
         if math.isnan(self.adds) or not self.budget < math.inf:
             return math.inf
         return self.adds / self.budget if self.budget else math.inf if self.adds else 0.0

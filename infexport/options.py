@@ -1,4 +1,4 @@
-"""How images are run: one record that checks itself, wherever it is made."""
+"""Options of a run: one record that checks itself, wherever it is made."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating[Any]]
 
 NETWORK = "infexport's own PyTorch network, with the checkpoint's weights; not with the code that trained them"
-"""What a bundle is compared with, in words: a mistake that both share is not found."""
+"""The other side of a comparison, in words: a mistake that both share is not found."""
 
 
 @dataclass(frozen=True)

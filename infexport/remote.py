@@ -87,7 +87,7 @@ def named(item: object, file: object) -> Iterator[None]:
 
 
 def find(items: Iterable[Path | str]) -> list[Path | str]:
-    """As `images.find_images`, of URLs, too; heat maps of earlier runs are left out.
+    """Find images as `images.find_images` does, of URLs, too.
 
     Raises:
         InfexportError: one that is not there or holds no images.

@@ -145,7 +145,7 @@ class Run:
         return stages
 
     def on_gpu(self, listener: Listener) -> bool:
-        """Whether images that are run whole are run on a GPU; the first call is told why engines are not used."""
+        """Tell whether images that are run whole are run on a GPU; the first call hears why engines are not used."""
         with self._lock:
             engines = bool(self.opening.engines)  # looked for once
             first, self._noted = not self._noted, True
@@ -371,7 +371,7 @@ class _Call:
 
     @contextmanager
     def _failing(self, indices: Sequence[int], doing: str) -> Iterator[None]:
-        """What goes wrong here is a failure of these images; not what the listener raises."""
+        """Turn errors of the block into failures of these images, but not those of the listener."""
         try:
             yield
         except (InfexportError, MemoryError, OSError) as error:

@@ -80,7 +80,7 @@ def urls_in(arguments: Iterable[str]) -> list[str]:
 
 
 def _goes_on(before: str, text: str) -> bool:
-    """Whether a pair of colons is no end of a URL: it is in a query, or in a password."""
+    """Tell whether a pair of colons is no end of a URL: it is in a query, or in a password."""
     authority = _authority(before)
     return before != before.split("?")[0].split("#")[0] or ("@" in text and _NO_PORT.match(authority) is not None)
 
@@ -108,7 +108,7 @@ def _segment(text: str) -> Segment:
 
 @lru_cache(4096)
 def _secrets(url: str) -> frozenset[str]:
-    """What is secret in a URL: whole, in parts, and with its quoting undone."""
+    """Secrets of a URL: whole, in parts, and with their quoting undone."""
     found: set[str] = set()
     for segment in segments(url):
         name, _, password = segment.userinfo.partition(":")

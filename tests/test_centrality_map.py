@@ -11,7 +11,7 @@ from infexport.heatmaps import overlay
 
 
 def in_cells(patches, step):
-    """What a streamed run gives of the values of patches `[rows, columns]`, in one layer and head."""
+    """Centrality that a streamed run gives of the values of patches `[rows, columns]`, in one layer and head."""
     cells = [summed(patches[row : row + step, :, None], step)[:, 0] for row in range(0, len(patches), step)]
     return Centrality(np.stack(cells)[None, None], np.zeros((1, 1), np.float32), patches.shape, step)
 

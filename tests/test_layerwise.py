@@ -61,7 +61,7 @@ WRONG = [perturbed, transposed, products_in_bf16]
 
 
 def judged(network, head, features):
-    """Of every image whether the head keeps its budget, and whether its logits are within tolerance."""
+    """Tell for every image whether the head keeps its budget, and whether its logits are within tolerance."""
     truth = copy.deepcopy(network).double()
     truth.encoder.layers = nn.ModuleList()  # so that nothing but the embedding and the head is judged
     pixels = torch.zeros(1, 3, 24, 24, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What in a URL may be secret is in no output: of any segment of a chain, however it is quoted."""
+"""Secrets of URLs are in no output: of any segment of a chain, however they are quoted."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_shown(url, expected):
 NAMES = st.text("abcdefghij", min_size=1, max_size=8)
 SECRETS = st.text(st.characters(blacklist_categories=("Cs",)), min_size=4, max_size=12)
 ENDS = set("@/?#:&;=%+")
-"""What must be quoted in a secret."""
+"""Characters that must be quoted in a secret."""
 
 
 @st.composite

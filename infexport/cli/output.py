@@ -178,7 +178,7 @@ TYPED = "infexport.typed"
 
 
 def command_line() -> str:
-    """What the user typed, as a shell takes it; without what may be secret in URLs."""
+    """The command as the user typed it, quoted for a shell, without what may be secret in URLs."""
     return _clean(shlex.join(["infexport", *click.get_current_context().meta[TYPED]]))
 
 

@@ -33,7 +33,7 @@ RUN, STATE, LOCK = "run.json", "state.npz", "lock"
 CPUINFO = Path("/proc/cpuinfo")
 PREFIX = "infexport-"
 NAME = re.compile(f"({PREFIX}[0-9a-f]{{32}})-[0-9]+")
-"""Of a run's folder: what its fingerprint gives, and a number. Other folders may begin alike."""
+"""Pattern of a run's folder: its fingerprint and a number. Other folders may begin alike."""
 PARTS = ("sums", "added", "squares", "checksums")
 """Arrays of a position, by name."""
 
@@ -150,7 +150,7 @@ class Scratch:
                 self._status("an earlier run was interrupted: checking what it left")
 
     def _changed(self) -> str:
-        """How this run differs from another one of the image that has a folder here; of several, the most alike."""
+        """Say how this run differs from another one of the image that has a folder here; of several, the most alike."""
         now, found = self._identity.to_dict(), list[tuple[list[str], Path]]()
         for folder in _folders(self._root):
             with suppress(OSError):
@@ -302,7 +302,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _read_position(file: Path) -> Position | None:
-    """What was recorded; None where the file is not what was written.
+    """Read what was recorded; None where the file is not what was written.
 
     Raises:
         OSError: see `_read`.

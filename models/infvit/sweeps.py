@@ -130,7 +130,7 @@ class Embed(Sweep):
     def forward(
         self, image: Tensor, row: Tensor, column: Tensor, grid_height: Tensor, grid_width: Tensor
     ) -> tuple[Tensor, ...]:
-        """Of a strip whose first patch is at (`row`, `column`) of a grid; these are `[1]`, at least float32."""
+        """Positions of a strip whose first patch is at (`row`, `column`) of a grid; both `[1]`, at least float32."""
         patches = self.patch_embed(self.normalise(image))
         height, width = patches.shape[-2:]
         rows, columns = (

@@ -1,4 +1,4 @@
-"""What is written never replaces what is read, and what was found is shown whatever becomes of the files."""
+"""Outputs never replace inputs, and answers are shown whatever becomes of the files."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def folded_network(seed, **shape):
 
 
 def torch_bundle(**shape):
-    """What `stream` takes of a bundle, and its runner."""
+    """A bundle as far as `stream` takes it, and its runner."""
     network, folded = folded_network(0, **shape)
     runner = TorchStages(folded)
     return SimpleNamespace(manifest=SimpleNamespace(stages=runner.stages, config=network.config.to_dict())), runner

@@ -36,7 +36,7 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 class Adapter(nn.Linear):
-    """As low-rank adapters are: the weights are not all there is to it."""
+    """A linear layer whose weights are not all there is to it, like low-rank adapters."""
 
     def forward(self, x):
         return super().forward(x) + torch.sin(3 * super().forward(x))

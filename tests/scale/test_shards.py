@@ -163,7 +163,7 @@ def test_the_paper_s_model_at_9216(infexport, ray, measure_scale, processes, tmp
 
 
 def test_a_damaged_image_is_named_by_its_url(zoo_bundle, tmp_path):
-    """As a worker tells it: not by the copy that it has fetched."""
+    """Named as a worker tells it: not by the copy that it has fetched."""
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.writestr("bad.png", b"no image")
     url = f"zip://bad.png::file://{tmp_path}/all.zip"

@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def short(self) -> str:
-        """As its text, without a folder."""
+        """Return its text, without a folder."""
         return f"{self.key} in {self.source.short}: {reprlib.repr(self.value)}"
 
     def __str__(self) -> str:

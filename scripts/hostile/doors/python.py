@@ -34,7 +34,7 @@ WRONG = (
     10**30, np.float32(1), np.array([1]), Path("x"), object(), "\0", "a100-fp16", "engine", "tensorrt",
 )  # fmt: skip
 TOLERANCE = 2e-2
-"""Of the norm; float16 tokens are 1e-3. Another size, edge or image is off by more."""
+"""Share of the norm; float16 tokens are 1e-3. Another size, edge or image is off by more."""
 
 
 def make(case: Case) -> Callable[[], int | None]:
