@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from infexport.atomic import PREFIX, create_folder, recover
 from infexport.digest import DIGEST, SEAL
 from infexport.errors import InfexportError
-from infexport.inputs import json_of, read_small
+from infexport.inputs import json_of, listed, read_small
 from infexport.manifest import (
     FILE,
     LABELS,
@@ -104,14 +104,26 @@ class Bundle:
         files = {name: folder / name for name in record["files"]}
         return {name: file for name, file in files.items() if not _holds(file, record["files"][name])}
 
+    @property
+    def sidecars(self) -> list[Path]:
+        """The file that describes an engine, of every engine.
+
+        Raises:
+            InfexportError: the folder of engines cannot be looked into.
+        """
+        return [file for file in listed(self.path / ENGINES) if file.name.endswith(".engine.json")]
+
     @cached_property
     def engines(self) -> list[dict[str, Any]]:
         """The sidecar of every engine, with `file` and `state` added; hashed once for an opened bundle.
 
         `state` is `current` where the engine is what its sidecar says, built from this very graph; `stale` where the
         graph is another; `modified` or `missing` where the engine is; `unreadable` where the sidecar is.
+
+        Raises:
+            InfexportError: as of `sidecars`.
         """
-        return [self._engine(sidecar) for sidecar in sorted((self.path / ENGINES).glob("*.engine.json"))]
+        return [self._engine(sidecar) for sidecar in self.sidecars]
 
     def _engine(self, sidecar: Path) -> dict[str, Any]:
         engine = sidecar.with_suffix("")
@@ -280,10 +292,9 @@ def _check_free(path: Path, force: bool) -> None:
 def _foreign(path: Path) -> list[str]:
     """What is in a bundle's folder and not its own."""
     own = {FILE, ENGINES, *read_manifest(path / FILE).files}
-    foreign = sorted(item.name for item in path.iterdir() if item.name not in own and not item.match(f"{PREFIX}*"))
-    return foreign + sorted(
-        item.name for item in path.glob(f"{ENGINES}/*") if not item.name.endswith((".engine", ".engine.json"))
-    )
+    foreign = [item.name for item in listed(path) if item.name not in own and not item.match(f"{PREFIX}*")]
+    engines = listed(path / ENGINES)
+    return foreign + [item.name for item in engines if not item.name.endswith((".engine", ".engine.json"))]
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

@@ -45,6 +45,21 @@ def check_ordinary(file: Path) -> int:
     return status.st_size
 
 
+def listed(folder: Path) -> list[Path]:
+    """Return all that is in a folder, sorted; nothing where it is not there. `Path.glob` hides what may not be seen.
+
+    Raises:
+        InfexportError: it cannot be looked into.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        reason, hint = error.strerror or str(error), "make it a folder that you may read, or delete it"
+        raise InfexportError(f"cannot look into {folder}", reason, hint) from error
+
+
 def json_of(content: bytes | str) -> Any:
     """A JSON value.
 

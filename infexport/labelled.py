@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +61,9 @@ def read_labelled(path: Path, classes: Classes) -> list[Labelled]:
     Raises:
         InfexportError: there are no images, or what they are is not said or is no class.
     """
-    if path.is_dir():
+    with _errors(path):
+        is_folder = path.is_dir()
+    if is_folder:
         return _of_folders(path, classes)
     if path.suffix.lower() != ".csv":
         raise InfexportError(
@@ -71,12 +75,10 @@ def read_labelled(path: Path, classes: Classes) -> list[Labelled]:
 
 
 def _of_folders(path: Path, classes: Classes) -> list[Labelled]:
-    visible = sorted(item for item in path.iterdir() if not item.name.startswith("."))
-    folders = [item for item in visible if item.is_dir()]
+    folders, strays = _visible(path)
     hint = "name every folder by its class's label or index, or give a .csv file with columns file and label"
     if not folders:
         raise InfexportError(f"no class folders in {path}", f"expected some of {_some(_names(classes))}", hint)
-    strays = [item.name for item in visible if item.suffix.lower() in SUFFIXES and item not in folders]
     if strays:
         raise InfexportError(
             f"images that are in no class folder: {path}", _some(strays), "move them to a class's folder, or away"
@@ -91,15 +93,44 @@ def _of_folders(path: Path, classes: Classes) -> list[Labelled]:
     ]
 
 
+def _visible(path: Path) -> tuple[list[Path], list[str]]:
+    """The visible folders in a folder, and the names of what is called an image and is none of them.
+
+    Raises:
+        InfexportError: it cannot be looked into, or something in it is a link that leads nowhere, to a folder perhaps.
+    """
+    folders, strays = [], []
+    with _errors(path):
+        for item in sorted(path.iterdir()):
+            if item.name.startswith("."):
+                continue
+            if item.suffix.lower() in SUFFIXES and not item.is_dir():
+                strays.append(item.name)
+            elif stat.S_ISDIR(item.stat().st_mode):
+                folders.append(item)
+    return folders, strays
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """What the system says of a file or folder, as our error."""
+    try:
+        yield
+    except OSError as error:
+        at = os.fsdecode(error.filename) if error.filename else ""
+        inside = f": {at}" if at not in ("", str(path)) else ""
+        hint = "check that it is there and that you may read it; a link must lead somewhere"
+        raise InfexportError(f"cannot open {path}", f"{error.strerror or error}{inside}", hint) from error
+
+
 def _of_csv(path: Path, classes: Classes) -> list[Labelled]:
     try:
-        check_ordinary(path)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, restval="")
-            header = list(reader.fieldnames or ())
-            rows = [(reader.line_num, row.get("file", ""), row.get("label", ""), None in row) for row in reader]
-    except OSError as error:
-        raise InfexportError(f"cannot open {path}", error.strerror or str(error)) from error
+        with _errors(path):
+            check_ordinary(path)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file, skipinitialspace=True, restval="")
+                header = list(reader.fieldnames or ())
+                rows = [(reader.line_num, row.get("file", ""), row.get("label", ""), None in row) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InfexportError(f"not a CSV file that can be read: {path}", str(error), "save it as UTF-8") from error
     if missing := [name for name in COLUMNS if name not in header]:

@@ -251,9 +251,10 @@ def _items(images: Any) -> list[Item]:
     single = isinstance(images, str | bytes | os.PathLike | Image.Image)
     if single or (isinstance(images, np.ndarray) and images.ndim == 3):
         return [images]
+    received = f"received {type(images).__name__}, expected a list of files, URLs or arrays"
+    if isinstance(images, Mapping):  # whose keys would be taken for files
+        raise InfexportError("no images", received)
     try:
         return list(images)
     except TypeError as error:
-        raise InfexportError(
-            "no images", f"received {type(images).__name__}, expected a list of files, URLs or arrays"
-        ) from error
+        raise InfexportError("no images", received) from error

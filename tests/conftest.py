@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import gc
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,3 +156,24 @@ def soak() -> ModuleType:
 def hostile() -> Callable[[str], ModuleType]:
     """A module of the fuzzer: `hostile("cases")`."""
     return lambda name: script(f"hostile.{name}")
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Have the system say of a folder that it may not be looked into, and of what is in it, that it may not be seen."""
+
+    def add(folder: Path) -> None:
+        def refusing(call: Callable[..., Any], inside: bool) -> Callable[..., Any]:
+            def look(path: Any = ".", *arguments: Any, **options: Any) -> Any:
+                if not isinstance(path, int):
+                    place = Path(os.fsdecode(path))
+                    if (folder in place.parents) if inside else place == folder:
+                        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return call(path, *arguments, **options)
+
+            return look
+
+        for name, inside in (("listdir", False), ("scandir", False), ("stat", True)):
+            monkeypatch.setattr(os, name, refusing(getattr(os, name), inside))
+
+    return add

@@ -214,6 +214,25 @@ def test_csv_files_that_do_not_say(text, told, tmp_path):
     assert told in refused(tmp_path / "table.csv")
 
 
+@pytest.mark.parametrize("name", ["dog", "dog.old"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_class_folder_on_a_disk_that_is_not_there_is_told(name, target, tmp_path):
+    images(tmp_path, "cat/a.png")
+    (tmp_path / name).symlink_to(tmp_path / (name if target == "itself" else target))
+    told = refused(tmp_path)
+    assert f"cannot open {tmp_path}\n" in told
+    assert f": {tmp_path / name}\n" in told
+
+
+@pytest.mark.parametrize("which", ["", "up/data"])
+def test_a_folder_that_may_not_be_read_is_told(which, tmp_path, forbid):
+    (tmp_path / "up" / "data").mkdir(parents=True)
+    folder = tmp_path / "up" / "data" if which == "up/data" else tmp_path / "data"
+    images(folder, "cat/a.png")
+    forbid(tmp_path / "up" if which == "up/data" else folder / which)
+    assert "Permission denied" in refused(folder)
+
+
 def test_csv_files_that_cannot_be_read(tmp_path):
     (tmp_path / "table.csv").write_bytes(b"file,label\n\xff\xfe.png,cat\n")
     assert "not a CSV file" in refused(tmp_path / "table.csv")

@@ -206,6 +206,19 @@ def test_force_keeps_what_lies_among_the_engines(bundle, infexport):
     assert "notes.txt" in infexport(*CONVERT, "-o", bundle, "--force", exit_code=2).stderr
 
 
+def test_engines_that_may_not_be_looked_at_are_told(bundle, infexport, forbid):
+    """And not taken for none: they would not be used, and with --force what is among them would be lost."""
+    (bundle / "engines").mkdir()
+    forbid(bundle / "engines")
+    with pytest.raises(InfexportError, match="cannot look into"):
+        _ = open_bundle(bundle).engines
+    Image.new("RGB", (32, 32)).save(bundle.parent / "image.png")
+    assert "Permission denied" in infexport("run-engine", bundle, bundle.parent / "image.png", exit_code=2).stderr
+    infexport("run-engine", bundle, bundle.parent / "image.png", "--provider", "cpu")
+    assert "Permission denied" in infexport(*CONVERT, "-o", bundle, "--force", exit_code=2).stderr
+    assert (bundle / "engines").is_dir()
+
+
 def test_force_says_what_to_do_with_a_broken_bundle(bundle, infexport):
     (bundle / "infexport.json").write_text("{")
     assert "delete the folder" in infexport(*CONVERT, "-o", bundle, "--force", exit_code=2).stderr

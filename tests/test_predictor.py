@@ -125,6 +125,13 @@ def test_a_batch_without_images(bundle):
     assert caught.value.details == "received columns id, name, expected image or file"
 
 
+def test_the_columns_of_a_batch_are_no_images(bundle):
+    """`predict` takes none; their names would be taken for files."""
+    with pytest.raises(InfexportError, match="no images") as caught:
+        Predictor(bundle).predict({"file": DIGITS})
+    assert caught.value.details.startswith("received dict, expected a list")
+
+
 def test_centrality_and_streaming(bundle, tmp_path):
     image = synthetic_image(200, 120)
     with Predictor(bundle, size="native", execution="stream", chunk=64, centrality=True) as predictor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from infexport.bundle import ENGINES, Bundle
+from infexport.bundle import Bundle
 from infexport.engines import STATES, EngineSet, Kind, choose
 from infexport.errors import InfexportError
 from infexport.manifest import CENTRALITY_MODEL
@@ -52,8 +52,7 @@ class Opening:
             InfexportError: engines were asked for, and none fits this machine.
         """
         found: dict[Kind, EngineSet] = {}
-        some = any((self.bundle.path / ENGINES).glob("*.engine.json"))
-        if self._provider != "engine" and not (self._provider == "auto" and some):
+        if self._provider != "engine" and not (self._provider == "auto" and self.bundle.sidecars):
             return found
         gpu = local_gpu()
         if gpu is None and self._provider == "auto":

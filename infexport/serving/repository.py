@@ -14,6 +14,7 @@ from infexport.bundle import ENGINES, Bundle, open_bundle
 from infexport.engines import EngineSet, sets_of
 from infexport.errors import InfexportError
 from infexport.extras import require
+from infexport.inputs import listed
 from infexport.manifest import FILE, MODEL, check_outside_bundles
 from infexport.runners.ort import OrtRunner, Port
 from infexport.serving.config import CONFIG, LABELS, Range, Service, check_config, config_of, write_config
@@ -95,9 +96,9 @@ def _check_free(path: Path, force: bool) -> None:
         raise InfexportError(f"the output exists and is no model: {path}", hint="choose another --name")
     if not force:
         raise InfexportError(f"the model exists: {path}", hint="choose another --name, or replace it with --force")
-    foreign = [item for item in path.iterdir() if item.name not in (CONFIG, LABELS, VERSION)]
+    foreign = [item for item in listed(path) if item.name not in (CONFIG, LABELS, VERSION)]
     known = (MODEL, "model.plan", SERVED.name, "bundle", "__pycache__")
-    foreign += [item for item in path.glob(f"{VERSION}/*") if item.name not in known]
+    foreign += [item for item in listed(path / VERSION) if item.name not in known]
     if foreign:
         raise InfexportError(
             f"the model holds files that infexport did not make: {path}",
