@@ -494,7 +494,8 @@ def _out_of_memory(doing: str) -> InfexportError:
 def _system_error(error: OSError, doing: str) -> InfexportError:
     where = f": {error.filename}" if error.filename else ""
     hint = "check the path, its permissions and the room left on the disk"
-    return InfexportError(f"{error.strerror or error}{where}", doing, hint)
+    reason = error.strerror or str(error) or type(error).__name__  # never empty: a row without is no failure
+    return InfexportError(f"{reason}{where}", doing, hint)
 
 
 def not_finite(file: str) -> InfexportError:

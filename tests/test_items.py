@@ -135,3 +135,15 @@ def test_one_image_is_a_list_of_one(predictor):
     assert len(predictor.predict(str(DIGITS[0]))) == 1
     strange = pixels[:, ::-1][:, ::-1]  # of negative strides, twice: the same pixels
     assert np.array_equal(predictor(np.asfortranarray(strange))["logits"], expected)
+
+
+def test_an_error_that_says_nothing_is_an_error(predictor, monkeypatch):
+    """A row whose error is empty is read as an answer."""
+
+    def fail(*arguments):
+        raise OSError
+
+    monkeypatch.setattr("infexport.run.source_of", fail)
+    columns = predictor([np.zeros((8, 8, 3), np.uint8)])
+    assert columns["error"][0] == "OSError"
+    assert columns["index"][0] == -1

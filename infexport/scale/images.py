@@ -78,6 +78,11 @@ class Worker:
             labels, config = self._predictor.bundle.labels, self._predictor.bundle.manifest.config
         except InfexportError as error:  # of which Ray Data would leave a text
             rows, fatal = [Failure(name, error) for name in names], True
+        except Exception as error:  # no worker has died of it
+            if len(names) > 1:  # it is one image's, which is found when they are tried one by one
+                raise
+            text = scrubbed(f"{type(error).__name__}: {' '.join(str(error).split())}", *filter(is_url, names))
+            rows = [Failure(names[0], InfexportError("a worker failed", text, "run this image without --ray"))]
         columns = columns_of(rows, labels, config["num_classes"], config["embed_dim"])
         heard = "\n".join("\t".join(told) for told in self._heard.ran)
         count = len(rows)

@@ -64,9 +64,9 @@ def test_every_held_out_digit(infexport, ray, bundle, digits, tmp_path):
 
 
 class Noted(Predictor):
-    """Notes every part that it begins; waits in the one of `stop`, and dies of `poison`."""
+    """Notes every part that it begins; waits in the one of `stop`, dies of `poison`, and has a bug with `odd`."""
 
-    folder, stop, poison = None, None, None
+    folder, stop, poison, odd = None, None, None, None
 
     def predict(self, images, listener=None):
         names = [Path(image).name for image in images]
@@ -79,6 +79,8 @@ class Noted(Predictor):
                 time.sleep(0.01)
         if self.poison in names:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.odd in names:
+            raise ZeroDivisionError("by nothing")
         return super().predict(images, listener)
 
 
@@ -132,6 +134,16 @@ def test_an_image_that_its_worker_dies_of_is_one_failure(ray, bundle, digits, no
     for index, row in zip(others, alone, strict=True):  # those of its part were in batches of their own
         assert relative_error(rows[index].logits, row.logits) <= 1e-5
     assert sum(done) == 24
+
+
+def test_an_exception_of_a_worker_is_told_as_it_is(ray, bundle, digits, noted, monkeypatch):
+    """And not as a death, for which more memory would be the remedy."""
+    files = sorted(digits.iterdir())[:8]
+    monkeypatch.setattr(Noted, "odd", files[3].name)
+    rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, Listener())
+    (failed,) = [index for index, row in enumerate(rows) if isinstance(row, Failure)]
+    assert failed == 3
+    assert (rows[3].error.summary, rows[3].error.details) == ("a worker failed", "ZeroDivisionError: by nothing")
 
 
 def test_a_failed_image_is_a_row_with_its_error(infexport, ray, bundle, digits, tmp_path):
