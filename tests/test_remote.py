@@ -170,8 +170,14 @@ def test_an_interrupted_run_of_a_url_goes_on(zoo_bundle, bucket, tmp_path):
     image = f"{bucket}/deep/0/{FILES[0].name}"
     names = []
     enter = scratch.Scratch.__enter__
+
+    def entered(self):
+        enter(self)
+        names.append(self.folder.name)
+        return self
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratch.Scratch, "__enter__", lambda self: names.append(self.folder.name) or enter(self))
+        patch.setattr(scratch.Scratch, "__enter__", entered)
         with Predictor(zoo_bundle("digits-linear"), size="native", execution="stream", scratch=tmp_path) as predictor:
             predictor([image, image, f"{bucket}/deep/1/{FILES[1].name}"])
     assert names[0] == names[1] != names[2]
