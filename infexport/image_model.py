@@ -69,7 +69,7 @@ class ImageModel(nn.Module):
             raise InfexportError(
                 "the network has a forward of its own",
                 f"received a {type(network).__name__} with hooks or other methods, expected the forward of InfViT",
-                "remove the hooks, or change forward_features, embed or a layer instead",
+                "remove the hooks; change forward_features or embed in a subclass, or a layer, instead",
             )
         self.takes = takes
         folded = fold and takes == "uint8" and can_fold_normalisation(network)

@@ -18,7 +18,8 @@ Per token, a linear layer's 12 E² multiply-adds become 9 E², and the last laye
 become 12 E² + 2 N E, and the last layer's 2 E² + N E. ε stays where it was.
 
 A rewrite fires only where every module it relies on is plain (`infvit.rewrite.is_plain`): of exactly the class in
-`infvit.network`, without hooks, parametrizations or replaced methods. Anything else stays as it is.
+`infvit.network`, without hooks, parametrizations, replaced methods or tensors of other classes. Anything else stays as
+it is.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def is_plain_mlp(mlp: nn.Module | None) -> bool:
     """Return whether an MLP, and all it is made of, is plain."""
     if not isinstance(mlp, nn.Sequential) or not is_plain(mlp, nn.Sequential):
         return False
-    return all(type(part) in (nn.Linear, nn.GELU, nn.Dropout) and is_untouched(part) for part in mlp)
+    return all(any(is_plain(part, kind) for kind in (nn.Linear, nn.GELU, nn.Dropout)) for part in mlp)
 
 
 def _merge_projections(attention: Attention) -> Attention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -20,12 +20,15 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Return whether a module is of exactly this class, and untouched.
+    """Return whether a module is of exactly this class, untouched, with plain tensors.
 
     Only then its weights and the `forward` of `kind` are all there is to it. An adapter is a subclass, and a
-    parametrization makes one.
+    parametrization makes one. A quantised weight is a tensor of another class, with products of its own.
     """
-    return type(module) is kind and is_untouched(module)
+    if type(module) is not kind or not is_untouched(module):
+        return False
+    held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in held if isinstance(tensor, Tensor))
 
 
 def with_children(module: Module, **children: nn.Module | None) -> Module:

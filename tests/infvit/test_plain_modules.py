@@ -76,7 +76,25 @@ def hook_before(module: nn.Module) -> bool:
     return True
 
 
-CHANGES = (adapt, parametrise, replace_forward, hook, hook_before)
+class Quantised(torch.Tensor):
+    """A weight that torch multiplies in its own way, as those of torchao."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.detach:
+                return func(*args).as_subclass(cls)
+            out = func(*args, **(kwargs or {}))
+            return torch.sin(3 * out) if func is nn.functional.linear else out
+
+
+def quantise(module: nn.Module) -> bool:
+    if type(module) is nn.Linear:
+        module._parameters["weight"] = module.weight.detach().as_subclass(Quantised)
+    return type(module) is nn.Linear
+
+
+CHANGES = (adapt, parametrise, replace_forward, hook, hook_before, quantise)
 
 
 def network_of(family: str) -> InfViT:
