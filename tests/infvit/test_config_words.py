@@ -86,6 +86,42 @@ def test_arguments_of_timm_s_network_are_its_settings(load):
     assert sentence == "num_heads in model_args of config.json: 2 is used, not num_heads in config.json: 8"
 
 
+@pytest.mark.parametrize("name", [name for name, fixed in FIXED.items() if fixed.accepted])
+def test_two_spellings_of_one_answer_contradict_nothing(load, tmp_path, name):
+    for spelling in FIXED[name].accepted:
+        (tmp_path / "given.json").write_text(json.dumps({name: spelling}))
+        checkpoint = load("timm", {name: FIXED[name].accepted[0]}, config_file=tmp_path / "given.json")
+        assert checkpoint.overridden == ()
+
+
+@pytest.mark.parametrize(("word", "value"), [("hidden_act", "gelu_python"), ("global_pool", False)])
+def test_other_codes_words_of_the_same_network_are_taken(load, word, value):
+    """Transformers' exact GELU in Python, and the class token in the code of masked autoencoders."""
+    checkpoint = load("timm", {word: value})
+    assert (checkpoint.overridden, checkpoint.unread) == ((), ())
+
+
+def test_a_null_says_nothing_and_a_loss_changes_no_answer(load):
+    null = dict.fromkeys(["pad_size", "image_seq_length", "num_heads", "mean"])
+    assert load("transformers", null | {"problem_type": "single_label_classification"}).unread == ()
+
+
+@pytest.mark.parametrize(("word", "other"), [("mean", "image_mean"), ("num_classes", "num_labels")])
+def test_values_nested_too_deeply_to_compare_are_refused(word, other):
+    """Pickles may hold such."""
+
+    def nested() -> list[Any]:
+        value: list[Any] = []
+        for _ in range(10_000):
+            value = [value]
+        return value
+
+    config = {word: nested(), other: nested(), "image_std": nested()}
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(GOLDEN / "reference_linear.safetensors", config=config, **OPTIONS)
+    assert word in f"{caught.value} {caught.value.details}"
+
+
 def test_words_that_nothing_reads_are_told(load):
     checkpoint = load("reference", {"lr": 0.1, "hidden_dropout_prob": 0.1, "attention_window": 7})
     assert checkpoint.unread == ("attention_window in config.json",)

@@ -23,7 +23,7 @@ from infvit.checkpoint.settings import (
     number,
     read_labels,
 )
-from infvit.checkpoint.supported import WORDS, unread_words
+from infvit.checkpoint.supported import SYNONYMS, WORDS, unread_words
 from infvit.checkpoint.tensors import canonical_tensors, fill_discount, network_tensors
 from infvit.config import InfViTConfig
 from infvit.errors import CheckpointError
@@ -118,7 +118,7 @@ def load_checkpoint(
         configs = [Source("the given config", config)]
     else:
         configs = config_sources(weights, None if config_file is None else Path(config_file))
-    settings, overridden = merge_settings([Source("the options", given), *configs], WORDS)
+    settings, overridden = merge_settings([Source("the options", given), *configs], WORDS, SYNONYMS)
     chosen_layout = settings["layout"].value if "layout" in settings else "auto"
     match = choose_layout(weights.tensors, READERS, chosen_layout)
     tensors = canonical_tensors(weights.tensors, match)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from infvit.checkpoint.settings import Setting, Source
+from infvit.checkpoint.settings import Setting, Source, equal
 from infvit.errors import CheckpointError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -51,15 +51,9 @@ def _merge(sources: Iterable[Source]) -> tuple[dict[str, Setting], list[str]]:
                     continue
                 setting = Setting(found[key], key, source)
                 winner = merged.setdefault(key, setting)
-                if not _same(winner.value, setting.value):
+                if not equal(winner.value, setting.value):
                     overridden.append(f"{winner.short} is used, not {setting.short}")
     return merged, overridden
-
-
-def _same(value: Any, other: Any) -> bool:
-    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
-        return list(value) == list(other)
-    return bool(value == other)
 
 
 def _under_our_names(values: Mapping[str, Any]) -> dict[str, Any]:

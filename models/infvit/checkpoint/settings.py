@@ -105,13 +105,14 @@ def _parts(source: Source) -> list[Source]:
 
 
 def merge_settings(
-    sources: Iterable[Source], words: Mapping[str, Sequence[str]]
+    sources: Iterable[Source], words: Mapping[str, Sequence[str]], synonyms: Mapping[str, Sequence[Any]]
 ) -> tuple[dict[str, Setting], list[str]]:
     """Merge what sources say; None counts as not saying it.
 
     Args:
         sources: the first that has a word wins.
         words: names of settings, and other names of each.
+        synonyms: name of a setting → values that mean the same.
 
     Returns:
         Every setting that was found, and a sentence for each that another one contradicts.
@@ -123,7 +124,9 @@ def merge_settings(
             for key in (key for key in (name, *others) if source.values.get(key) is not None):
                 setting = Setting(source.values[key], key, source)
                 winner = merged.setdefault(name, setting)
-                if not _agree(name, winner.value, setting.value):
+                same = synonyms.get(name, ())
+                meant = winner.value in same and setting.value in same
+                if not meant and not _agree(name, winner.value, setting.value):
                     overridden.append(f"{winner.short} is used, not {setting.short}")
     return merged, overridden
 
@@ -138,7 +141,12 @@ def _agree(name: str, value: Any, other: Any) -> bool:
     if name == "labels":
         names = [_names(labels) for labels in (value, other)]
         return names[0] == names[1] or all(_PLACEHOLDER.fullmatch(str(label)) for label in names[1] or [])
-    sides = [v[0] if isinstance(v, list) and len(v) == 2 and v[0] == v[1] else v for v in (value, other)]
+    return equal(*(v[0] if isinstance(v, list) and len(v) == 2 and equal(*v) else v for v in (value, other)))
+
+
+def equal(value: Any, other: Any) -> bool:
+    """Return whether two values of a config are equal; a tuple equals a list."""
+    sides = [list(v) if isinstance(v, tuple) else v for v in (value, other)]
     try:
         return bool(sides[0] == sides[1])
     except RecursionError:  # nested too deeply to compare, and no setting is

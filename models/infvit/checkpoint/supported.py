@@ -34,12 +34,12 @@ def _class(module: str, name: str) -> tuple[str, ...]:
     return name, name.lower(), f"<class '{module}.{name}'>"
 
 
-_GELU = ("gelu", *_class("torch.nn.modules.activation", "GELU"))
+_GELU = ("gelu", "gelu_python", *_class("torch.nn.modules.activation", "GELU"))
 _NORM = _class("torch.nn.modules.normalization", "LayerNorm")
 FIXED: dict[str, Fixed] = {
     # timm, torchvision and common names
     "hidden_act": Fixed(_GELU, "gelu, the exact one", ("act_layer", "activation", "act")),
-    "global_pool": Fixed(("token", "cls"), "token: the head reads the class token", ("pool", "pool_type", "pooling")),
+    "global_pool": Fixed(("token", "cls", False), "token, the class token", ("pool", "pool_type", "pooling")),
     "norm_layer": Fixed(_NORM, "LayerNorm; its epsilon is norm_eps"),
     "embed_layer": Fixed(_class("timm.layers.patch_embed", "PatchEmbed"), "PatchEmbed"),
     "embed_norm_layer": Fixed((), "no norm in the patch embedding"),
@@ -85,7 +85,7 @@ HARMLESS = frozenset({
     "ema", "gradient_checkpointing", "dynamic_img_size", "strict_img_size", "torch_dtype", "dtype", "use_bfloat16",
     "torchscript", "return_dict", "output_attentions", "output_hidden_states", "use_return_dict",
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "chunk_size_feed_forward",
-    "use_cache", "tie_word_embeddings", "encoder_stride",
+    "use_cache", "tie_word_embeddings", "encoder_stride", "problem_type", "finetuning_task",
     # names and origins; the tensors tell the family
     "model_type", "architectures", "architecture", "model_args", "pretrained_cfg", "transformers_version",
     "_name_or_path", "name", "model_name", "description", "dataset", "license", "tags", "version", "author",
@@ -134,9 +134,13 @@ def check_supported(settings: Mapping[str, Setting], pooler: bool, config: Mappi
 
 
 def unread_words(sources: list[Source]) -> tuple[str, ...]:
-    """Return the words of configs that nothing here reads, each with its source, in order; at most MOST_LISTED."""
+    """Return the words of configs that nothing here reads, each with its source, in order; at most MOST_LISTED.
+
+    A word that is null says nothing.
+    """
     known = set(WORDS) | {alias for aliases in WORDS.values() for alias in aliases} | HARMLESS
-    unread = [f"{key[:80]} in {source.short}" for source in sources for key in source.values if key not in known]
+    stated = [(source, key) for source in sources for key, value in source.values.items() if value is not None]
+    unread = [f"{key[:80]} in {source.short}" for source, key in stated if key not in known]
     more = [f"{len(unread) - MOST_LISTED} more words"] if len(unread) > MOST_LISTED else []
     return (*unread[:MOST_LISTED], *more)
 
@@ -152,3 +156,5 @@ def _unsupported(setting: Setting, expected: str) -> CheckpointError:
 _COMPARED = {"pooler_act": (), "pooler_output_size": (), "representation_size": (), "mlp_ratio": (), "architecture": ()}
 WORDS: dict[str, tuple[str, ...]] = {**NAMES, **_COMPARED, **{name: fixed.aliases for name, fixed in FIXED.items()}}
 """Every word that is read → its other names."""
+SYNONYMS = {name: fixed.accepted for name, fixed in FIXED.items()}
+"""Name of a word → spellings of the one answer to it."""
