@@ -33,6 +33,8 @@ DRAWS, LEAST_DRAWS, DRAWN_TOKENS = 24, 4, 2**15
 features are one token, and in int8 they err in few directions."""
 FLOAT32 = 2.0**-24
 """Half a step of float32, relative."""
+SMALLEST = 2.0**-126
+"""Of float32's numbers that have all their digits: what is smaller may count as zero."""
 HALF_STEPS = {"tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """The same of the factors of products; int8 has steps of the range that it meets."""
 
@@ -184,10 +186,12 @@ class _Judge:
         draws = [_run(self._noise.layer(layer, count, last), tokens, states, folded) for _ in range(times)]
         eager, _ = _run(layer, self._eager.tokens[index].double(), (), folded)
         accumulated = FLOAT32 * math.sqrt(count / 6)  # a state is a sum over all tokens
+        lost = SMALLEST * count**2  # by products too small for float32, at most one for every pair of tokens
         errors = {
             name: Error(
                 _relative(value, exact_states[name]),
-                MULTIPLE * (_rms([drawn[name] for _, drawn in draws], exact_states[name]) + accumulated),
+                MULTIPLE * (_rms([drawn[name] for _, drawn in draws], exact_states[name]) + accumulated)
+                + _relative(exact_states[name] + lost, exact_states[name]),
             )
             for name, value in states.items()
         }

@@ -9,6 +9,7 @@ import torch
 from support import TINY
 from torch import nn
 
+import infsa_ops
 from infexport.image_model import ImageModel
 from infexport.layerwise import MULTIPLE, Arithmetic, Error, judge, sum_variance, summand_size
 from infexport.parity import compare, tolerance_for
@@ -149,6 +150,25 @@ def test_every_part_of_a_network_of_few_classes(classes, family):
             parts = judge(model.network, arithmetic, found, found, truth, model.normalise(images))
             assert [part.name for part in parts] == ["embed", "layers.0", "layers.1", "head"]
             assert [part.name for part in parts if not part] == wrong
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-12, 1e-20, 0.0])
+@pytest.mark.parametrize("wrong", [1.0, 1 + 1e-3])
+def test_a_sum_that_float32_has_no_numbers_for_may_be_zero(scale, wrong):
+    network = network_of(5, "pure")
+    for layer in network.encoder.layers:
+        for projection in (layer.attn.q_proj, layer.attn.k_proj):
+            for parameter in projection.parameters():
+                parameter.mul_(scale)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8))
+    model, truth = traced(network, images, torch.float64)
+    _, found = traced(network, images, torch.float32)
+    for layer, tokens, states in zip(network.encoder.layers, found.tokens, found.states, strict=True):
+        q, k, _ = layer.attn.project(layer.norm1(tokens))
+        states["squared_norm"] = wrong * infsa_ops.affinity_squared_norm(q, k)
+    parts = judge(model.network, Arithmetic("fp32", folded=False), found, found, truth, model.normalise(images))
+    right = wrong == 1.0 or scale < 1e-9
+    assert [bool(part) for part in parts] == [True, right, right, True]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
