@@ -449,7 +449,7 @@ def test_rho_shapes(tmp_path: Path, reference: State) -> None:
 def test_config_against_shapes(setting: str, value: Any, actual: Any, tmp_path: Path, reference: State) -> None:
     config = write_json(tmp_path / "wrong.json", {setting: value})
     error = refused(save(tmp_path, reference), config_file=config)
-    assert f"{setting} in {config}: {value!r}" in error.details
+    assert f"{setting} in --config {config}: {value!r}" in error.details
     assert f"shapes: {actual}" in error.details
 
 

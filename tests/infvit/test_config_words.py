@@ -153,9 +153,19 @@ def test_what_is_used_instead_of_a_config_s_word_is_recorded(load, tmp_path, nam
         options["config_file"] = tmp_path / "given.json"
     checkpoint = load("reference", CONFIG, **options)
     (sentence,) = checkpoint.overridden
-    assert f"{name} in {'the options' if by == 'option' else 'given.json'}: " in sentence
+    assert f"{name} in {'the options' if by == 'option' else '--config given.json'}: " in sentence
     assert f"is used, not {name} in config.json: " in sentence
     assert load("reference", CONFIG, **{**options, name: CONFIG[name], "config_file": None}).overridden == ()
+
+
+def test_the_given_config_is_told_from_one_of_its_name_beside_the_weights(load, tmp_path):
+    (tmp_path / "given").mkdir()
+    given = tmp_path / "given" / "config.json"
+    given.write_text(json.dumps({"num_heads": 2, "wheels": 4}))
+    checkpoint = load("reference", {"num_heads": 8, "wheels": 4}, num_heads=None, config_file=given)
+    expected = "num_heads in --config config.json: 2 is used, not num_heads in config.json: 8"
+    assert checkpoint.overridden == (expected,)
+    assert checkpoint.unread == ("wheels in --config config.json", "wheels in config.json")
 
 
 def test_a_softmax_checkpoint_is_given_an_attention_and_labels_their_names(load):

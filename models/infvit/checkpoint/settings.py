@@ -84,7 +84,7 @@ def config_sources(weights: RawCheckpoint, config_file: Path | None) -> list[Sou
     """
     sources = []
     if config_file is not None:
-        sources.append(Source(str(config_file), read_json(config_file), config_file))
+        sources.append(Source(f"--config {config_file}", read_json(config_file), config_file))
     if weights.config:
         sources.append(Source("the checkpoint's config", weights.config))
     for name in ("preprocessor_config.json", "config.json"):
