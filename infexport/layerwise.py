@@ -38,6 +38,9 @@ SMALLEST = 2.0**-126
 HALF_STEPS = {"tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """The same of the factors of products; int8 has steps of the range that it meets."""
 
+FP16_LEAST = 2.0**-25
+"""Half the distance of float16's smallest numbers; the other types' are below all that counts."""
+
 States = dict[str, Tensor]
 
 
@@ -301,7 +304,10 @@ class Noise:
     def _factors(self, x: Tensor, by_row: bool = False) -> Tensor:
         """Factors of products in the lower precision; in int8 all have one step, or every row its own."""
         if self._arithmetic.precision != "int8":
-            return x + HALF_STEPS[self._arithmetic.precision] * x.abs() * self._uniform(x)
+            half_steps = HALF_STEPS[self._arithmetic.precision] * x.abs()
+            if self._arithmetic.precision == "fp16":
+                half_steps = half_steps.clamp(min=FP16_LEAST)
+            return x + half_steps * self._uniform(x)
         step = x.abs().amax(-1, keepdim=True) / 127 if by_row else (x.max().clamp(min=0) - x.min().clamp(max=0)) / 255
         return x + step / 2 * self._uniform(x)
 

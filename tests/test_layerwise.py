@@ -171,6 +171,27 @@ def test_a_sum_that_float32_has_no_numbers_for_may_be_zero(scale, wrong):
     assert [bool(part) for part in parts] == [True, right, right, True]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-12])
+@pytest.mark.parametrize("wrong", [1.0, 1.1])
+def test_factors_that_float16_has_no_numbers_for_may_be_zero(scale, wrong):
+    network = network_of(5, "pure")
+    for layer in network.encoder.layers:
+        layer.attn.q_proj.weight.mul_(scale)
+        layer.attn.q_proj.bias.zero_()
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8))
+    model, truth = traced(network, images, torch.float64)
+    for layer in network.encoder.layers:
+        for projection in (layer.attn.q_proj, layer.attn.k_proj, layer.attn.v_proj):
+            projection.weight.copy_(projection.weight.half().float())
+    _, found = traced(network, images, torch.float32)
+    for layer, tokens, states in zip(network.encoder.layers, found.tokens, found.states, strict=True):
+        q, k, v = layer.attn.project(layer.norm1(tokens))
+        states["mixed"] = wrong * infsa_ops.neumann_kernel(q, k, v, layer.attn.rho)
+    parts = judge(model.network, Arithmetic("fp16", folded=False), found, found, truth, model.normalise(images))
+    right = wrong == 1.0 or scale < 1
+    assert [bool(part) for part in parts[1:3]] == [right, right]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["tokens", "features", "logits", "checkpoint"])
 def test_what_is_not_finite_is_out_of_every_budget(where, bad):
