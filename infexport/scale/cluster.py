@@ -25,8 +25,8 @@ SECONDS = 5.0
 """To connect. Ray itself goes on trying for minutes where nobody listens."""
 TOKEN = secrets.token_hex(32)
 """Of a Ray started here, in place of one that it would leave in the user's home; it keeps the first that it sees."""
-LONGEST = 40
-"""Characters of a temporary folder in which Ray's sockets, whose names are long, can lie."""
+LONGEST = 24
+"""Characters of a temporary folder in which Ray's sockets can lie: their paths have 83 more, and may have 107."""
 
 
 @dataclass(frozen=True)

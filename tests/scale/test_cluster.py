@@ -237,7 +237,7 @@ def test_a_command_that_is_ended_while_ray_starts_leaves_nothing(number, code, z
         env=environment,
     )
     while len(session(process.pid)) < 3:  # Ray's first processes
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     time.sleep(0.3)
     process.send_signal(number)
