@@ -64,11 +64,14 @@ def connected(address: str) -> Iterator[ModuleType]:
         if ray.is_initialized():
             yield ray
             return
+        if address != LOCAL:
+            with _start_errors(ray, address):  # before anything is started, which would have to be ended
+                _check_reachable(address)
         folders = tempfile.gettempdir()
         root = "/tmp" if len(folders) > LONGEST and os.name == "posix" else folders
         with tempfile.TemporaryDirectory(prefix="infexport-", dir=root, ignore_cleanup_errors=True) as folder:
             try:
-                with _signals_held(), _hushed():
+                with _signals_held(), _hushed(), _start_errors(ray, address):
                     _connect(ray, address, folder)
                 yield ray
             finally:
@@ -190,14 +193,19 @@ def _end_processes(folder: str) -> None:
 
 def _connect(ray: ModuleType, address: str, folder: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == LOCAL:
+        cores = usable_cores()
+        ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, _temp_dir=folder, **quiet)
+    else:
+        limit = {name: os.environ[name] for name in (MAX_PIXELS_VARIABLE,) if name in os.environ}
+        ray.init(address=address, runtime_env={"env_vars": limit} if limit else None, **quiet)
+
+
+@contextmanager
+def _start_errors(ray: ModuleType, address: str) -> Iterator[None]:
+    """Tell why Ray cannot be connected, as our error."""
     try:
-        if address == LOCAL:
-            cores = usable_cores()
-            ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, _temp_dir=folder, **quiet)
-        else:
-            _check_reachable(address)
-            limit = {name: os.environ[name] for name in (MAX_PIXELS_VARIABLE,) if name in os.environ}
-            ray.init(address=address, runtime_env={"env_vars": limit} if limit else None, **quiet)
+        yield
     except (Exception, SystemExit) as error:  # Ray raises its own kinds, and of several bases
         if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # a second signal's
             raise

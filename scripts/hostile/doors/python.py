@@ -49,7 +49,7 @@ def make(case: Case) -> Callable[[], int | None]:
         name = chance.choice(known)
         # a folder may have any name, anywhere
         options[name] = chance.choice(
-            [value for value in (*WRONG, *TEXTS) if name != "scratch" or type(value) is not str]
+            [value for value in (*WRONG, *TEXTS) if name != "scratch" or not isinstance(value, str | Path)]
         )
     items, truths = _items(case)
     sent = chance.random() < 0.3
@@ -90,7 +90,7 @@ def _act(case: Case, options: dict[str, Any], items: list[Any], truths: list[Any
             _check(case, row, pixels, plain, told)
             if options.get("execution", "auto") not in ("auto", row.execution.partition(",")[0]):
                 raise Violation("answer", f"run as {row.execution}: {told}")
-            if ("scratch" in options) != ("on disk" in row.execution):
+            if (options.get("scratch") is not None) != ("on disk" in row.execution):
                 raise Violation("answer", f"run as {row.execution}: {told}")
             if (row.centrality is None) == bool(options.get("centrality")):
                 raise Violation("answer", f"centrality {row.centrality is not None}: {told}")
