@@ -21,6 +21,7 @@ from support import GOLDEN
 
 from infexport.bundle import seal
 from infexport.manifest import read_manifest
+from infexport.stream.driver import Position
 from infexport.stream.scratch import STATE, Identity, Scratch
 
 CHECKPOINT, CONFIG = GOLDEN / "reference_linear.safetensors", GOLDEN / "reference_linear.json"
@@ -167,18 +168,16 @@ def test_in_an_image(suffix, golden_bundle, marker, tmp_path, infexport):
 def test_in_what_an_interrupted_run_left(marker, tmp_path):
     """Arrays of objects are pickles."""
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    identity = Identity(tmp_path / "a.png", {})
-
-    def interrupted() -> Scratch:
-        with suppress(KeyboardInterrupt), Scratch(tmp_path, identity, lambda text: None) as scratch:
-            raise KeyboardInterrupt
-        return scratch
-
-    folder = interrupted().folder
+    identity = Identity([tmp_path / "a.png"], {})
     hidden = np.array([Payload(marker)], object)
     for content in ({"at": np.array([0, 1]), "sums/x": hidden}, {"at": hidden}):
+        with suppress(KeyboardInterrupt), Scratch(tmp_path, identity, lambda text: None) as left:
+            left.record(Position())
+            raise KeyboardInterrupt
         made = io.BytesIO()
         np.savez(made, **content)
-        (folder / STATE).write_bytes(hashlib.sha256(made.getvalue()).digest() + made.getvalue())
-        assert interrupted().position is None
+        (left.folder / STATE).write_bytes(hashlib.sha256(made.getvalue()).digest() + made.getvalue())
+        with Scratch(tmp_path, identity, lambda text: None) as scratch:
+            assert scratch.folder == left.folder
+            assert scratch.position is None
     assert not marker.exists()

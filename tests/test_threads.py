@@ -21,10 +21,6 @@ from infexport.runners.ort import OrtRunner
 THREADS = 8
 
 
-def many(way):
-    return pytest.param(way, 500, marks=pytest.mark.heavy)
-
-
 @pytest.fixture(autouse=True)
 def hasty():
     """Have threads exchanged as often as Python can."""
@@ -44,7 +40,8 @@ def images(count, side):
         ("whole", 12),
         ("stream", 3),
         ("scratch", 3),
-        *(pytest.param(way, 500, marks=many) for way in ("whole", "stream")),
+        pytest.param("whole", 500, marks=pytest.mark.heavy),
+        pytest.param("stream", 500, marks=pytest.mark.heavy),
     ],
 )
 def test_answers_are_those_of_one_thread(way, calls, zoo_bundle, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +46,12 @@ def make(case: Case) -> Callable[[], int | None]:
     copy_tree(case.seeds.once("interrupted", lambda: interrupted(case)), root)
     (folder,) = root.iterdir()
     for _ in range(chance.choice((0, 1, 1, 2))):
-        _change(case, chance.choice(sorted(folder.iterdir())), folder)
+        files = sorted(folder.iterdir())
+        tokens = [file for file in files if file.name == "tokens"]
+        _change(case, chance.choice(tokens if tokens and chance.random() < 0.4 else files), folder)
+    if chance.random() < 0.05:
+        shutil.rmtree(root)
+        root.write_text("no folder")
     image = case.seeds.image
     if chance.random() < 0.2:  # another image, in the place of the first as far as its size and time tell
         image = case.given / "other.bmp"
@@ -92,9 +98,9 @@ def _change(case: Case, file: Path, folder: Path) -> None:
     elif kind == 4 and file.name == "run.json":
         with suppress(ValueError):  # changed before
             file.write_bytes(mutate_json(chance, json.loads(file.read_bytes())))
-    elif kind in (4, 5, 6) and (folder / "state.npz").is_file():
+    elif kind in (4, 5, 6) and file.name != "tokens" and (folder / "state.npz").is_file():
         _state(case, folder / "state.npz")
-    elif kind in (8, 9) and file.is_file() and (content := file.read_bytes()):
+    elif (kind in (8, 9) or file.name == "tokens") and file.is_file() and (content := file.read_bytes()):
         # of the same size, cut, longer, or of another block
         start = chance.randrange(len(content))
         stop = min(len(content), start + chance.choice((1, 100, 4096)))
