@@ -113,7 +113,7 @@ def _visible(path: Path) -> tuple[list[Path], list[str]]:
 
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """What the system says of a file or folder, as our error."""
+    """Turn what the system says of a file or folder into our error."""
     try:
         yield
     except OSError as error:

@@ -34,7 +34,7 @@ features are one token, and in int8 they err in few directions."""
 FLOAT32 = 2.0**-24
 """Half a step of float32, relative."""
 SMALLEST = 2.0**-126
-"""Of float32's numbers that have all their digits: what is smaller may count as zero."""
+"""Least number of float32 with all of its digits: what is smaller may count as zero."""
 HALF_STEPS = {"tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """The same of the factors of products; int8 has steps of the range that it meets."""
 
