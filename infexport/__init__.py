@@ -12,8 +12,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 TYPE_CHECKING = False  # as type checkers know it; the module `typing` takes longer than all of this
 if TYPE_CHECKING:
-    from infexport.graph import export
-    from infexport.predictor import Predictor
+    from infexport.conversion.onnx_export import export
+    from infexport.inference.predictor import Predictor
 
 __all__ = ["Predictor", "__version__", "export"]
 
@@ -21,11 +21,11 @@ __all__ = ["Predictor", "__version__", "export"]
 def __getattr__(name: str) -> object:
     # torch is imported only by who exports: the command line must answer without it
     if name == "export":
-        from infexport.graph import export
+        from infexport.conversion.onnx_export import export
 
         return export
     if name == "Predictor":
-        from infexport.predictor import Predictor
+        from infexport.inference.predictor import Predictor
 
         return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,8 +20,8 @@ def main() -> None:
     """
     _on_signals(_end_now)
     from infexport.cli import cli
-    from infexport.cli.output import exit_code, tell_bug
-    from infexport.standard_streams import open_streams
+    from infexport.cli.console import exit_code, tell_bug
+    from infexport.system.standard_streams import open_streams
 
     open_streams()
     _on_signals(_end)

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import infsa_ops
-from infexport.measurements import Spread
-from infsa_ops import affinity_launch
-from infsa_ops.affinity_launch import KERNEL, Blocks
-from infsa_ops.sweeps import TILED
+from infexport.evaluation.benchmark.result import Spread
+from infsa_ops.tiled_affinity import TILED
+from infsa_ops.triton import affinity_launch
+from infsa_ops.triton.affinity_launch import KERNEL, Blocks
 
 HEADS, WIDTH = 16, 64
 GEMM = 8192

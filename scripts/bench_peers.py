@@ -34,8 +34,8 @@ from peers.networks import CONFIGS
 from peers.report import draw, row_of, table
 from peers.worker import prepare, serve
 
-from infexport.machine import cpu_model, usable_cores
-from infexport.runners.ort import import_onnxruntime
+from infexport.inference.runners.onnxruntime import import_onnxruntime
+from infexport.system.host import cpu_model, usable_cores
 
 
 def integers(text: str) -> list[int]:

@@ -23,11 +23,11 @@ import make_bigtiff
 import numpy as np
 
 from infexport.bundle import Bundle, open_bundle
-from infexport.execution import Image, estimates
-from infexport.machine import cpu_model, usable_cores
-from infexport.measurements import limit_of
-from infexport.options import InferenceOptions
-from infexport.work import work_of
+from infexport.evaluation.benchmark.result import limit_of
+from infexport.evaluation.flops import work_of
+from infexport.inference.options import InferenceOptions
+from infexport.inference.planner import Image, estimates
+from infexport.system.host import cpu_model, usable_cores
 
 PATCH = 16
 GEMM = """

@@ -34,16 +34,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import infexport.centrality_check
+import infexport.convert  # noqa: F401  imported here, it is there in every fork
 import numpy as np
 import torch
 from PIL import Image
 
-import infexport.centrality_check
-import infexport.convert  # noqa: F401  imported here, it is there in every fork
-from infexport import atomic
-from infexport.atomic import PREFIX, recover
 from infexport.bundle import open_bundle
 from infexport.cli import cli
+from infexport.system import atomic_files as atomic
+from infexport.system.atomic_files import PREFIX, recover
 from infvit.config import InfViTConfig
 from infvit.network import InfViT
 

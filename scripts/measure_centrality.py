@@ -15,8 +15,8 @@ import numpy as np
 from train_canvases import DIGIT, PATCH, SIZES, ZOO, held_out
 
 from infexport.bundle import open_bundle
-from infexport.centrality import of_tokens
-from infexport.runners.ort import OrtRunner
+from infexport.inference.centrality import of_tokens
+from infexport.inference.runners.onnxruntime import OrtRunner
 
 SIDE = DIGIT // PATCH
 """Patches along a digit."""

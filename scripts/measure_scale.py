@@ -29,12 +29,12 @@ from bench_stream import Case, make_bundle, measure
 from PIL import Image
 
 from infexport.bundle import Bundle
-from infexport.machine import cpu_model, usable_cores
-from infexport.options import InferenceOptions
-from infexport.predictions import Prediction
-from infexport.run import Listener
-from infexport.scale.cluster import Workers, connected
-from infexport.scale.shards import predict
+from infexport.inference.executor import Listener
+from infexport.inference.options import InferenceOptions
+from infexport.inference.prediction import Prediction
+from infexport.integrations.ray.cluster import Workers, connected
+from infexport.integrations.ray.shards import predict
+from infexport.system.host import cpu_model, usable_cores
 
 COPIES = 10
 """Of the 450 held-out digits."""

@@ -31,10 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from infexport import Predictor, heatmaps
-from infexport.machine import cpu_model, threads_alive, usable_cores
-from infexport.predictions import Failure, Prediction, Results, Row
-from infexport.transform import transform_of
+from infexport import Predictor
+from infexport.images.preprocess import transform_of
+from infexport.inference.prediction import Failure, Prediction, Row
+from infexport.outputs import heatmaps
+from infexport.outputs.results import Results
+from infexport.system.host import cpu_model, threads_alive, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "models" / "zoo" / "digits-held-out"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infexport.accuracy import accuracy, agreement, wilson
 from infexport.errors import InfexportError
-from infexport.labelled import Classes, Labelled, read_labelled
+from infexport.evaluation.accuracy.dataset import Classes, Labelled, read_labelled
+from infexport.evaluation.accuracy.metrics import accuracy, agreement, wilson
 
 CLASSES = Classes(4, ["cat", "dog", "1", "dog house"])
 

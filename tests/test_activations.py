@@ -9,12 +9,12 @@ import pytest
 import torch
 from support import MODELS, relative_error
 
-from infexport.activations import activation_names, with_outputs
 from infexport.bundle import open_bundle
-from infexport.image_model import ImageModel
-from infexport.recorded import load_recorded, recorded_checkpoint
-from infexport.runners.ort import OrtRunner
-from infexport.synthetic import synthetic_image
+from infexport.conversion.activations import activation_names, with_outputs
+from infexport.conversion.image_model import ImageModel
+from infexport.evaluation.recorded_checkpoint import load_recorded, recorded_checkpoint
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.inference.runners.onnxruntime import OrtRunner
 from infsa_ops import EPSILON
 from infvit.checkpoint import build_network
 

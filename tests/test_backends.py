@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from infexport import backends, targets
 from infexport.errors import InfexportError
-from infexport.targets import Gpu, local_gpu, target_of
+from infexport.inference import tensorrt_libraries as backends
+from infexport.system import gpus as targets
+from infexport.system.gpus import Gpu, local_gpu, target_of
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 << 30, "580.1", "8.0")
 H200 = Gpu("NVIDIA H200", 141 * 10**9, "580.1", "9.0")

@@ -10,7 +10,7 @@ from PIL import Image
 from support import TINY, relative_error
 
 import infsa_ops
-from infexport.work import work_of
+from infexport.evaluation.flops import work_of
 
 
 @pytest.fixture(scope="module")

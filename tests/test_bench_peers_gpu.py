@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from support import TINY, relative_error
 
-from infexport import gemm
+from infexport.evaluation.benchmark import gemm
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from support import GOLDEN
 
-from infexport.atomic import PREFIX
 from infexport.bundle import create_bundle, open_bundle, seal
-from infexport.digest import sealed
+from infexport.bundle.integrity import sealed
+from infexport.bundle.manifest import read_manifest
 from infexport.errors import InfexportError
-from infexport.manifest import read_manifest
+from infexport.system.atomic_files import PREFIX
 
 CHECKPOINT, CONFIG = GOLDEN / "reference_linear.safetensors", GOLDEN / "reference_linear.json"
 CONVERT = ("convert", "checkpoint", CHECKPOINT, "--config", CONFIG)

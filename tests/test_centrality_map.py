@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infexport import centrality as module
-from infexport.centrality import Centrality, of_tokens, step_of, summed
-from infexport.heatmaps import overlay
+from infexport.inference import centrality as module
+from infexport.inference.centrality import Centrality, of_tokens, step_of, summed
+from infexport.outputs.heatmaps import overlay
 
 
 def in_cells(patches, step):

@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 from support import script
 
-from infexport import atomic, engine
-from infexport.atomic import PREFIX, partial_folder, recover, sweep
-from infexport.backends import TensorRTRTX
 from infexport.bundle import create_bundle, open_bundle
-from infexport.engine import Plan, build_engines
-from infexport.profiles import profile_of
-from infexport.targets import TARGETS
+from infexport.conversion.tensorrt import build as engine
+from infexport.conversion.tensorrt.build import Plan, build_engines
+from infexport.conversion.tensorrt.profiles import profile_of
+from infexport.inference.tensorrt_libraries import TensorRTRTX
+from infexport.system import atomic_files as atomic
+from infexport.system.atomic_files import PREFIX, partial_folder, recover, sweep
+from infexport.system.gpus import TARGETS
 
 Moment = Callable[[str], None]
 watched: list[tuple[Path, Moment]] = []

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infexport import execution
 from infexport.bundle import open_bundle
 from infexport.cli.options import Bytes
 from infexport.errors import InfexportError
-from infexport.execution import WHOLE_TOKENS, Image, choose, estimates, size_text
-from infexport.options import InferenceOptions
+from infexport.inference import planner as execution
+from infexport.inference.options import InferenceOptions
+from infexport.inference.planner import WHOLE_TOKENS, Image, choose, estimates, size_text
 
 FOUND = {"whole": 1000, "memory": 100, "disk": 10}
 SMALL, LARGE = Image(WHOLE_TOKENS + 1, 1024), Image(WHOLE_TOKENS + 2, 1040)

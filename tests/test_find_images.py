@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from support import ZOO
 
 from infexport.errors import InfexportError
-from infexport.images import find_images
-from infexport.labelled import Classes, read_labelled
-from infexport.remote import find
+from infexport.evaluation.accuracy.dataset import Classes, read_labelled
+from infexport.images.decode import find_images
+from infexport.images.fetch import find
 
 DIGIT = min((ZOO / "digits-held-out").glob("*.png"))
 

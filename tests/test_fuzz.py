@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from support import GOLDEN, ZOO
 
 from infexport.bundle import Bundle
-from infexport.cli.output import OBEYED, Output, printable
-from infexport.convert import ConvertOptions, read_checkpoint
-from infexport.digest import sealed
-from infexport.engines import sets_of
+from infexport.bundle.integrity import sealed
+from infexport.bundle.manifest import FILE, read_manifest
+from infexport.cli.console import OBEYED, Output, printable
+from infexport.conversion.convert import ConvertOptions, read_checkpoint
 from infexport.errors import InfexportError
-from infexport.labelled import Classes, read_labelled
-from infexport.manifest import FILE, read_manifest
+from infexport.evaluation.accuracy.dataset import Classes, read_labelled
+from infexport.inference.engine_selection import sets_of
 from infvit.checkpoint.settings import NAMES
 
 SEED = 7
@@ -85,9 +85,9 @@ def test_success_or_one_clear_error(name, hostile, whole, tmp_path):
 
 
 PLANTED = {
-    "outputs": ("infexport.heatmaps.check_apart", lambda outputs, inputs, hint: None, "output"),
-    "scratch": ("infexport.stream.driver.Tokens.check", lambda self, stages, position: None, "answer"),
-    "python": ("infexport.options.InferenceOptions.named", lambda self, names: [], "answer"),
+    "outputs": ("infexport.outputs.heatmaps.check_apart", lambda outputs, inputs, hint: None, "output"),
+    "scratch": ("infexport.inference.streaming.driver.Tokens.check", lambda self, stages, position: None, "answer"),
+    "python": ("infexport.inference.options.InferenceOptions.named", lambda self, names: [], "answer"),
 }
 """Door → what is taken out of the tool, and the kind of violation that then is seen."""
 
@@ -97,7 +97,7 @@ def test_doors_see_wrong_answers(name, hostile, whole, tmp_path, monkeypatch):
     cases, door = hostile("cases"), hostile("doors").door(name)
     place, fault, kind = PLANTED[name]
     monkeypatch.setattr(place, fault)
-    monkeypatch.setattr("infexport.heatmaps.is_drawn", lambda path: True)
+    monkeypatch.setattr("infexport.outputs.heatmaps.is_drawn", lambda path: True)
     for index in range(200):
         folder = tmp_path / str(index)
         outcome = cases.run_case(cases.Name(SEED, name, index), folder, whole, door)

@@ -17,8 +17,8 @@ from torch.export import Dim
 
 import infexport
 import infsa_ops
+from infexport.conversion.onnx_export import OPSET
 from infexport.errors import InfexportError
-from infexport.graph import OPSET
 
 OPERATORS = {"LinearInfSAStateUpdate", "NeumannKernel"}
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import infexport
 from infexport.cli import cli
 from infexport.cli.options import Bytes, Numbers, Sizes
-from infexport.engine_worker import Builder
+from infexport.conversion.tensorrt.build_worker import Builder
+from infexport.conversion.tensorrt.profiles import check_stages, check_whole, peak, profile_of
 from infexport.errors import InfexportError
-from infexport.profiles import check_stages, check_whole, peak, profile_of
-from infexport.runners.trt import EngineSession
-from infexport.targets import TARGETS, Target
+from infexport.inference.runners.tensorrt import EngineSession
+from infexport.system.gpus import TARGETS, Target
 
 PACKAGE = Path(infexport.__file__).parent
 PARITY, ACCURACY, CENTRALITY = "validate parity", "validate accuracy", "validate centrality"
@@ -244,7 +244,7 @@ def test_a_build_that_fails_names_the_options_of_its_kind(options, tmp_path):
 
 
 def test_a_plan_says_which_options_make_it_smaller(monkeypatch, tmp_path):
-    from infexport import engine
+    from infexport.conversion.tensorrt import build as engine
 
     asked = {}
     monkeypatch.setattr(engine, "ask", lambda worker, request, heard: asked.update(request) or {"version": "1"})

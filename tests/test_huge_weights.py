@@ -16,11 +16,11 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 from support import GOLDEN, TINY, relative_error
 
-from infexport.calibration import calibrate
+from infexport.conversion.calibration import calibrate
+from infexport.conversion.neumann_terms import measure_truncation
+from infexport.conversion.passes import Unrepresentable, lower
+from infexport.conversion.passes.quantization import quantized_weight
 from infexport.errors import InfexportError
-from infexport.passes import Unrepresentable, lower
-from infexport.passes.int8 import quantized_weight
-from infexport.truncation import measure_truncation
 from infvit.fold import fold
 from infvit.network import InfViT
 

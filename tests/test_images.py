@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from infexport import images
 from infexport.errors import InfexportError
-from infexport.images import read_image
-from infexport.transform import EvalTransform, fit
+from infexport.images import decode as images
+from infexport.images.decode import read_image
+from infexport.images.preprocess import EvalTransform, fit
 
 TRANSFORM = EvalTransform("shortest", 256, 224, "bicubic")
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)

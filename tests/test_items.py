@@ -14,7 +14,7 @@ from support import ZOO
 
 from infexport import Predictor
 from infexport.errors import InfexportError
-from infexport.images import read_image
+from infexport.images.decode import read_image
 
 DIGITS = sorted((ZOO / "digits-held-out").glob("*.png"))
 
@@ -143,7 +143,7 @@ def test_an_error_that_says_nothing_is_an_error(predictor, monkeypatch):
     def fail(*arguments):
         raise OSError
 
-    monkeypatch.setattr("infexport.run.source_of", fail)
+    monkeypatch.setattr("infexport.inference.executor.source_of", fail)
     columns = predictor([np.zeros((8, 8, 3), np.uint8)])
     assert columns["error"][0] == "OSError"
     assert columns["index"][0] == -1

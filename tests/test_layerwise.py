@@ -10,10 +10,10 @@ from support import TINY
 from torch import nn
 
 import infsa_ops
-from infexport.image_model import ImageModel
-from infexport.layerwise import MULTIPLE, Arithmetic, Error, judge, sum_variance, summand_size
-from infexport.parity import compare, tolerance_for
-from infexport.tracing import Trace
+from infexport.conversion.image_model import ImageModel
+from infexport.evaluation.parity.layers import MULTIPLE, Arithmetic, Error, judge, sum_variance, summand_size
+from infexport.evaluation.parity.metrics import compare, tolerance_for
+from infexport.evaluation.parity.tracing import Trace
 from infvit.network import InfViT
 
 IMAGES = 200

@@ -9,9 +9,9 @@ import pytest
 
 from infexport import Predictor
 from infexport.errors import InfexportError
-from infexport.predictions import Failure, Prediction
-from infexport.run import Listener
-from infexport.runners.ort import OrtRunner, OrtStages
+from infexport.inference.executor import Listener
+from infexport.inference.prediction import Failure, Prediction
+from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages
 
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8))
 

@@ -5,8 +5,8 @@ import time
 import pytest
 from fake_nvml import FakeNvml, NVMLError, install
 
-from infexport import nvml
-from infexport.nvml import Meter, device_of
+from infexport.system import gpu_meter as nvml
+from infexport.system.gpu_meter import Meter, device_of
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from support import ZOO
 from infexport import Predictor
 from infexport.cli.providers import PROVIDERS
 from infexport.errors import InfexportError
-from infexport.options import NEEDS, InferenceOptions
-from infexport.runners.ort import PROVIDERS as OF_ONNX_RUNTIME
+from infexport.inference.options import NEEDS, InferenceOptions
+from infexport.inference.runners.onnxruntime import PROVIDERS as OF_ONNX_RUNTIME
 
 DIGIT = min((ZOO / "digits-held-out").glob("*.png"))
 

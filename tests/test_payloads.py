@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from support import GOLDEN
 
 from infexport.bundle import seal
-from infexport.manifest import read_manifest
-from infexport.stream.driver import Position
-from infexport.stream.scratch import STATE, Identity, Scratch
+from infexport.bundle.manifest import read_manifest
+from infexport.inference.streaming.driver import Position
+from infexport.inference.streaming.resume import STATE, Identity, Scratch
 
 CHECKPOINT, CONFIG = GOLDEN / "reference_linear.safetensors", GOLDEN / "reference_linear.json"
 CONVERT = ("--config", CONFIG, "-o")
@@ -96,7 +96,7 @@ def folder_of(tmp_path: Path) -> Path:
     "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "x.pkl", "__init__.py"]
 )
 def test_beside_the_weights_it_is_not_even_read(name, marker, tmp_path):
-    from infexport.convert import ConvertOptions, read_checkpoint
+    from infexport.conversion.convert import ConvertOptions, read_checkpoint
 
     folder = folder_of(tmp_path)
     (folder / name).write_bytes(pickle.dumps(Payload(marker)))

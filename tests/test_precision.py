@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from support import GOLDEN, MODELS, ZOO, Rounding, relative_error
 from torch import nn
 
-from infexport import machine
-from infexport.calibration import calibrate
-from infexport.image_model import ImageModel
-from infexport.passes import Inputs, lower, weight_key
-from infexport.passes.int8 import quantization, quantized_weight
-from infexport.passes.products import find_products
-from infexport.runners import ort
+from infexport.conversion.calibration import calibrate
+from infexport.conversion.image_model import ImageModel
+from infexport.conversion.passes import Inputs, lower, weight_key
+from infexport.conversion.passes.quantization import quantization, quantized_weight
+from infexport.conversion.passes.token_matmuls import find_products
+from infexport.inference.runners import onnxruntime as ort
+from infexport.system import host as machine
 from infvit.checkpoint import build_network, load_checkpoint
 from infvit.config import InfViTConfig
 from infvit.fold import fold

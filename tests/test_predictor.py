@@ -15,10 +15,10 @@ from support import ZOO
 from infexport import Predictor
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.options import InferenceOptions
-from infexport.predictions import Failure, Prediction
-from infexport.runners.ort import OrtRunner
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.inference.options import InferenceOptions
+from infexport.inference.prediction import Failure, Prediction
+from infexport.inference.runners.onnxruntime import OrtRunner
 
 DIGITS = sorted((ZOO / "digits-held-out").glob("*.png"))
 

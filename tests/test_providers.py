@@ -20,10 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from infexport.bundle import seal
+from infexport.bundle.manifest import FILE, read_manifest
 from infexport.errors import InfexportError
-from infexport.manifest import FILE, read_manifest
-from infexport.runners import ort, spread
-from infexport.targets import local_gpu
+from infexport.inference.runners import onnxruntime as ort
+from infexport.inference.runners import spread
+from infexport.system.gpus import local_gpu
 
 EXTRA = helper.make_tensor_value_info("more", TensorProto.FLOAT, [1])
 RTX = "NvTensorRTRTXExecutionProvider"
@@ -45,7 +46,7 @@ def test_the_table_of_nodes(infexport, golden_bundle):
 def test_nothing_of_what_is_run_is_sent_to_anyone(golden_bundle, tmp_path):
     """ONNX Runtime 1.32 and later: its telemetry leaves a file in the temporary folder, if it is not told in time."""
     graph = golden_bundle("reference_pure") / "model.onnx"
-    code = f"from infexport.runners import ort; ort.open_session({str(graph)!r}, 'cpu', 1)"
+    code = f"from infexport.inference.runners import ort; ort.open_session({str(graph)!r}, 'cpu', 1)"
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment | {"TMPDIR": str(tmp_path)})
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,8 @@ from support import ZOO
 
 from infexport import Predictor
 from infexport.errors import InfexportError
-from infexport.images import read_image
-from infexport.remote import at_hand, find
+from infexport.images.decode import read_image
+from infexport.images.fetch import at_hand, find
 
 DIGITS = ZOO / "digits-held-out"
 FILES = sorted(DIGITS.glob("*.png"))[:3]
@@ -119,7 +119,7 @@ def test_without_rights_the_command_says_so(infexport, zoo_bundle, server):
 
 def test_one_that_goes_away_is_one_failure(infexport, zoo_bundle, server, bucket, monkeypatch):
     """Between being found and being fetched."""
-    from infexport import remote
+    from infexport.images import fetch as remote
 
     monkeypatch.setattr(remote, "find_urls", lambda url: [url])
     urls = [f"{bucket}/deep/gone.png", f"{server}/{FILES[0].name}"]
@@ -165,7 +165,7 @@ def test_images_in_an_archive(tmp_path):
 
 def test_an_interrupted_run_of_a_url_goes_on(zoo_bundle, bucket, tmp_path):
     """The folder of its tokens is that of the URL and its content, not of the copy."""
-    from infexport.stream import scratch
+    from infexport.inference.streaming import resume as scratch
 
     image = f"{bucket}/deep/0/{FILES[0].name}"
     names = []

@@ -13,7 +13,7 @@ import pytest
 from support import GOLDEN
 
 from infexport.bundle import open_bundle
-from infexport.digest import sealed
+from infexport.bundle.integrity import sealed
 
 BUNDLES = [("reference_linear", ()), ("torchvision_pure", ("--neumann-terms", "3"))]
 

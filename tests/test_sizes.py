@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from support import GOLDEN, relative_error
 
 from infexport.bundle import open_bundle
-from infexport.recorded import load_recorded
-from infexport.runners.ort import OrtRunner
-from infexport.runners.torch import TorchRunner
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.pytorch_reference import TorchRunner
+from infexport.evaluation.recorded_checkpoint import load_recorded
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.inference.runners.onnxruntime import OrtRunner
 from infvit.config import InfViTConfig
 from infvit.network import InfViT
 

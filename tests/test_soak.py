@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from infexport.bundle import open_bundle
-from infexport.runners.ort import OrtRunner
+from infexport.inference.runners.onnxruntime import OrtRunner
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 CALM, PLANTED = 1000, 700

@@ -107,7 +107,7 @@ def test_what_documents_mention_is_there(name):
 
 
 def test_limits_in_the_security_page_are_the_code_s():
-    from infexport import images
+    from infexport.images import decode as images
 
     text = (ROOT / "SECURITY.md").read_text()
     assert images.MAX_PIXELS == 2**30

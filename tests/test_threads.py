@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from infexport import Predictor
-from infexport import execution as executions
-from infexport import run as runs
 from infexport.errors import InfexportError
-from infexport.predictions import Failure, Prediction
-from infexport.run import Listener
-from infexport.runners.ort import OrtRunner
+from infexport.inference import executor as runs
+from infexport.inference import planner as executions
+from infexport.inference.executor import Listener
+from infexport.inference.prediction import Failure, Prediction
+from infexport.inference.runners.onnxruntime import OrtRunner
 
 THREADS = 8
 

@@ -14,11 +14,11 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from infexport.bundle import open_bundle
-from infexport.digest import sealed
+from infexport.bundle.integrity import sealed
 from infexport.errors import InfexportError
-from infexport.predictions import Failure
-from infexport.runners.ort import Port
-from infexport.serving.config import check_config
+from infexport.inference.prediction import Failure
+from infexport.inference.runners.onnxruntime import Port
+from infexport.integrations.triton.config import check_config
 
 INPUTS = [Port("image", "uint8", ["batch", "height", "width", 3])]
 OUTPUTS = [Port("logits", "float32", ["batch", 10]), Port("features", "float32", ["batch", 128])]
@@ -243,7 +243,7 @@ def test_a_model_that_exists(infexport, digits, tmp_path):
 
 
 def test_nothing_is_left_of_what_disagrees(infexport, digits, tmp_path, monkeypatch):
-    from infexport.serving import repository
+    from infexport.integrations.triton import repository
 
     def wrong(*arguments):
         config = config_of(*arguments)
@@ -296,7 +296,7 @@ def test_a_graph_of_fixed_batch_is_found(infexport, digits, tmp_path):
 
 
 def test_the_extra_is_named(infexport, digits, tmp_path, monkeypatch):
-    from infexport import extras
+    from infexport.system import dependencies as extras
 
     monkeypatch.setattr(extras, "installed", lambda module: module != "grpc")
     told = infexport("package", "triton", digits, "-o", tmp_path, exit_code=2).stderr
@@ -348,8 +348,8 @@ def served(infexport, digits, tmp_path, monkeypatch):
     utils.Tensor = SimpleNamespace(from_dlpack=lambda name, capsule: (name, np.from_dlpack(Capsule(capsule)).copy()))
     utils.get_input_tensor_by_name = lambda request, name: request
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
-    monkeypatch.delitem(sys.modules, "infexport.serving.model", raising=False)
-    module = importlib.import_module("infexport.serving.model")
+    monkeypatch.delitem(sys.modules, "infexport.integrations.triton.model", raising=False)
+    module = importlib.import_module("infexport.integrations.triton.model")
     made = module.TritonPythonModel()
     from google.protobuf.json_format import MessageToJson
 
@@ -358,7 +358,7 @@ def served(infexport, digits, tmp_path, monkeypatch):
     yield SimpleNamespace(model=made, arguments=arguments, utils=utils, folder=tmp_path / "digits")
     if hasattr(made, "_predictor"):
         made.finalize()
-    sys.modules.pop("infexport.serving.model", None)
+    sys.modules.pop("infexport.integrations.triton.model", None)
 
 
 def test_every_request_has_its_own_answer(served, digits):

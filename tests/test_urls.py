@@ -16,8 +16,8 @@ from PIL import Image
 from support import ZOO
 
 from infexport.errors import InfexportError
-from infexport.remote import at_hand, find, named
-from infexport.urls import name_of_url, scrubbed, shown
+from infexport.images.fetch import at_hand, find, named
+from infexport.system.urls import name_of_url, scrubbed, shown
 
 DIGIT = min((ZOO / "digits-held-out").glob("*.png"))
 
@@ -142,7 +142,7 @@ def archive(tmp_path):
 
 
 def test_an_error_about_a_copy_names_the_url(archive):
-    from infexport.images import read_image
+    from infexport.images.decode import read_image
 
     url = f"zip://bad.png::file://{archive}"
     copies = []
@@ -159,7 +159,7 @@ def test_an_error_about_a_copy_names_the_url(archive):
 
 
 def test_a_warning_about_a_copy_names_the_url(tmp_path, caplog):
-    from infexport.images import read_image
+    from infexport.images.decode import read_image
 
     frames = [Image.new("L", (8, 8), value) for value in (0, 255)]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infexport.centrality_check import RESIDUAL, HeadReport, ImageReport
-from infexport.centrality_check import Report as CentralityReport
-from infexport.evaluate import Judged
-from infexport.evaluate import Report as AccuracyReport
-from infexport.judgement import Report as ParityReport
-from infexport.labelled import Classes
-from infexport.parity import compare, tolerance_for
-from infexport.predictions import Prediction
+from infexport.evaluation.accuracy.dataset import Classes
+from infexport.evaluation.accuracy.evaluate import Judged
+from infexport.evaluation.accuracy.evaluate import Report as AccuracyReport
+from infexport.evaluation.centrality.check import RESIDUAL, HeadReport, ImageReport
+from infexport.evaluation.centrality.check import Report as CentralityReport
+from infexport.evaluation.parity.metrics import compare, tolerance_for
+from infexport.evaluation.parity.result import Report as ParityReport
+from infexport.inference.prediction import Prediction
 from infvit.absorbing import Deviation
 
 TOLERANCE = tolerance_for("fp32", 4)
@@ -73,7 +73,7 @@ def test_centrality_with_an_error_that_is_no_number(error, bad):
 def test_an_eigenvector_that_is_none_has_no_residual(side, monkeypatch):
     import torch
 
-    from infexport import centrality_check
+    from infexport.evaluation.centrality import check as centrality_check
 
     principal = centrality_check.principal
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infexport.work import Work, embedding_of, work_of
+from infexport.evaluation.flops import Work, embedding_of, work_of
 from infvit.config import SIZES, InfViTConfig
 from infvit.fold import fold
 from infvit.network import InfViT

@@ -11,8 +11,8 @@ from PIL import Image
 from support import ZOO, relative_error
 
 from infexport.bundle import open_bundle
-from infexport.centrality import of_tokens
-from infexport.runners.ort import OrtRunner
+from infexport.inference.centrality import of_tokens
+from infexport.inference.runners.onnxruntime import OrtRunner
 from infvit.checkpoint import build_network, load_checkpoint
 
 REQUIRED = {"digits-linear": 0.985, "digits-pure": 0.975}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import click
 
 from infexport import __version__
-from infexport.cli.benchmark import benchmark
-from infexport.cli.build_engine import build_engine
-from infexport.cli.convert import convert
-from infexport.cli.doctor import doctor
-from infexport.cli.inspect import inspect
-from infexport.cli.output import ErrorGroup
-from infexport.cli.package import package
-from infexport.cli.run_engine import run_engine
-from infexport.cli.validate import validate
+from infexport.cli.commands.benchmark import benchmark
+from infexport.cli.commands.build_engine import build_engine
+from infexport.cli.commands.convert import convert
+from infexport.cli.commands.doctor import doctor
+from infexport.cli.commands.inspect import inspect
+from infexport.cli.commands.package import package
+from infexport.cli.commands.run_engine import run_engine
+from infexport.cli.commands.validate import validate
+from infexport.cli.console import ErrorGroup
 
 HELP = """Deploy Infinite Self-Attention vision transformers.
 

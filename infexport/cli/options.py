@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from infexport.errors import InfexportError
-from infexport.options import MAX_PIXELS_PER_SIDE, MAX_THREADS, parse_bytes, parse_size
+from infexport.inference.options import MAX_PIXELS_PER_SIDE, MAX_THREADS, parse_bytes, parse_size
 
 THREADS = click.IntRange(1, MAX_THREADS)
 threads_option = click.option("--threads", type=THREADS, help="Threads of ONNX Runtime.  [default: all cores]")
@@ -97,6 +97,6 @@ class ImageName(click.ParamType[Path | str]):
     name = "image"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
-        from infexport.remote import is_url
+        from infexport.images.fetch import is_url
 
         return value if isinstance(value, Path) or is_url(value) else Path(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from infexport.options import PROVIDERS
+from infexport.inference.options import PROVIDERS
 
 HELP = "Where it must run: a provider of ONNX Runtime, or engines of build-engine. Another is an error."
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infexport.anatomy import Graph, Part, Provenance, Resolution
 from infexport.bundle import ENGINES, Bundle
-from infexport.cli.output import Output
-from infexport.execution import Way
-from infexport.manifest import MODEL
+from infexport.bundle.manifest import MODEL
+from infexport.bundle.provenance import Provenance
+from infexport.cli.console import Output
+from infexport.evaluation.inspect import Graph, Part, Resolution
+from infexport.inference.planner import Way
 
 CHECKPOINT = {
     "unchanged": "there and unchanged",

@@ -16,7 +16,7 @@ from infexport.doctor.here import cores, folders, int8, interpreter, itself, mem
 from infexport.doctor.nvidia import driver, energy, gpu
 from infexport.doctor.onnx_runtime import providers, runtime
 from infexport.doctor.reading import images, slides, strips
-from infexport.requirements import MODULES, version_of
+from infexport.system.dependencies import MODULES, version_of
 
 VARIABLES = {
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from infexport.doctor.check import Check, reinstall
 from infexport.doctor.facts import Facts, versions
-from infexport.requirements import version_of
+from infexport.system.dependencies import version_of
 
 LICENCE = "comes with NVIDIA's proprietary licence"
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from infexport.doctor.check import Check
 from infexport.doctor.facts import Facts
-from infexport.requirements import version_of
+from infexport.system.dependencies import version_of
 
 
 def export(facts: Facts) -> list[Check]:

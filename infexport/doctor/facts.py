@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from infexport.doctor.check import Check, reinstall
 from infexport.doctor.trials import Outcome, Trials
 from infexport.errors import InfexportError
-from infexport.requirements import MODULES, Requirement, version_of, wanted
-from infexport.targets import SMI_LIMIT
+from infexport.system.dependencies import MODULES, Requirement, version_of, wanted
+from infexport.system.gpus import SMI_LIMIT
 
 PACKAGES = {"onnxruntime": "onnxruntime-gpu"}
 """A package → another that serves as well."""

@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from infexport import machine
 from infexport.doctor.check import Check, told
 from infexport.doctor.facts import Facts, versions
-from infexport.requirements import parse, version_of
+from infexport.system import host as machine
+from infexport.system.dependencies import parse, version_of
 
 GIB = 2**30
 NEEDED = GIB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infexport.doctor.check import Check, State, reinstall
 from infexport.doctor.facts import Facts
-from infexport.requirements import version_of
+from infexport.system.dependencies import version_of
 
 CUDA, DRIVER = (13, 0), "580"
 """What the extra `gpu` is built for, and the first driver that can do it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infexport.doctor.check import Check, reinstall
 from infexport.doctor.facts import Facts, installed, versions
-from infexport.requirements import version_of
+from infexport.system.dependencies import version_of
 
 
 def runtime(facts: Facts) -> list[Check]:

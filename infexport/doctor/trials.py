@@ -10,9 +10,9 @@ from typing import Any
 
 from infexport.doctor.check import told
 from infexport.errors import InfexportError
-from infexport.processes import ask, command_of
-from infexport.requirements import MODULES, Requirement, version_of
-from infexport.targets import gpus
+from infexport.system.dependencies import MODULES, Requirement, version_of
+from infexport.system.gpus import gpus
+from infexport.system.workers import ask, command_of
 
 Trial = tuple[str, str]
 

@@ -1,6 +1,6 @@
 """Try what may crash, hang or not be there: `python -m infexport.doctor.worker`, a JSON request on stdin.
 
-A process of its own (`infexport.processes`). Nothing but the standard library and our own code is imported before a
+A process of its own (`infexport.system.workers`). Nothing but the standard library and our own code is imported before a
 trial asks for it.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from infexport.errors import InfexportError
-from infexport.processes import serve
+from infexport.system.workers import serve
 
 
 def work(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
@@ -49,7 +49,7 @@ def _import(module: str) -> str:
 
 def _offered(_: str) -> list[str]:
     """ONNX Runtime's version and its providers."""
-    from infexport.runners.ort import import_onnxruntime
+    from infexport.inference.runners.onnxruntime import import_onnxruntime
 
     runtime = import_onnxruntime()
     return [runtime.__version__, *runtime.get_available_providers()]
@@ -60,7 +60,7 @@ def _provider(name: str) -> str:
     import numpy as np
 
     from infexport.doctor.product import product
-    from infexport.runners.ort import open_session
+    from infexport.inference.runners.onnxruntime import open_session
 
     session, _ = open_session(product(4), name, 1)
     x = np.arange(16, dtype=np.float32).reshape(4, 4)
@@ -72,7 +72,7 @@ def _provider(name: str) -> str:
 
 def _builder(name: str) -> str:
     """Load a backend and make a builder and a network with it."""
-    from infexport.backends import BACKENDS, errors_in, log_of
+    from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, log_of
 
     library = BACKENDS[name].load()
     log = log_of(library)

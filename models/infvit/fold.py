@@ -39,7 +39,7 @@ from infvit.rewrite import is_plain, is_untouched, with_children
 class FoldedLinearAttention(nn.Module):
     """Linear-InfSA of tokens `[B, N, E]` by rewrites 1 to 3: what all tokens receive, `[B, 1, E]`.
 
-    Its steps are sums over tokens, so chunks of them can take each step one by one (`infvit.sweeps`).
+    Its steps are sums over tokens, so chunks of them can take each step one by one (`infvit.stages`).
     """
 
     def __init__(self, attention: Attention) -> None:

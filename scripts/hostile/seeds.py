@@ -15,10 +15,10 @@ import numpy as np
 from click.testing import CliRunner
 
 from infexport.bundle import Bundle, open_bundle, seal
+from infexport.bundle.integrity import sealed
+from infexport.bundle.manifest import FILE, read_manifest
 from infexport.cli import cli
-from infexport.digest import sealed
-from infexport.inputs import json_of
-from infexport.manifest import FILE, read_manifest
+from infexport.system.untrusted_files import json_of
 
 ROOT = Path(__file__).parent.parent.parent
 ZOO, GOLDEN = ROOT / "models" / "zoo", ROOT / "tests" / "golden"

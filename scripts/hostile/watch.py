@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from infexport.machine import peak_memory
+from infexport.system.host import peak_memory
 
 CANARY = "canary"
 """What planted code would make, in the case's folder or wherever it runs."""

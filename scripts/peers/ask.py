@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from infexport.benchmark import in_a_line
 from infexport.errors import InfexportError
-from infexport.measurements import Spread
-from infexport.processes import ending
+from infexport.evaluation.benchmark.benchmark import in_a_line
+from infexport.evaluation.benchmark.result import Spread
+from infexport.system.workers import ending
 from peers.contenders import Contender
 
 SCRIPT = Path(__file__).parent.parent / "bench_peers.py"

@@ -19,7 +19,7 @@ class Contender:
     Attributes:
         name: unique.
         family: whose logits it must have; `gemm` has none.
-        how: `bundle`, `engine`, `eager`, `compile`, `ort`; a kind of `infexport.gemm`, or `torch`, which is that
+        how: `bundle`, `engine`, `eager`, `compile`, `ort`; a kind of `infexport.evaluation.benchmark.gemm`, or `torch`, which is that
             product in torch.
         precision: of the dense products; torch's and exports' of everything.
         folded: by infexport's exact rewrites.
@@ -43,7 +43,7 @@ class Contender:
 
     @property
     def product(self) -> str:
-        """The kind of `infexport.gemm` that a product is."""
+        """The kind of `infexport.evaluation.benchmark.gemm` that a product is."""
         return {"fp32": "float32", "fp16": "float16"}[self.precision] if self.how == "torch" else self.how
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infexport import gemm
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.measurements import Spread
-from infexport.runners.opening import Opening
-from infexport.runners.ort import PROVIDERS, import_onnxruntime, with_options
+from infexport.evaluation.benchmark import gemm
+from infexport.evaluation.benchmark.result import Spread
+from infexport.inference.runners.factory import Opening
+from infexport.inference.runners.onnxruntime import PROVIDERS, import_onnxruntime, with_options
 from infvit.fold import fold
 from peers.contenders import Contender
 from peers.networks import network_of, peer_of

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infexport import gemm
-from infexport.measurements import Spread, limit_of
-from infexport.work import work_of
+from infexport.evaluation.benchmark import gemm
+from infexport.evaluation.benchmark.result import Spread, limit_of
+from infexport.evaluation.flops import work_of
 from peers.ask import Entry
 from peers.contenders import OURS, OURS_ON_GPU
 from peers.networks import CONFIGS

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infexport import gemm
 from infexport.bundle import open_bundle
-from infexport.machine import peak_memory
-from infexport.nvml import Meter
-from infexport.runners.ort import OrtRunner, import_onnxruntime
+from infexport.evaluation.benchmark import gemm
+from infexport.inference.runners.onnxruntime import OrtRunner, import_onnxruntime
+from infexport.system.gpu_meter import Meter
+from infexport.system.host import peak_memory
 from peers import on_gpu
 from peers.contenders import Contender
 from peers.networks import CONFIGS, network_of, peer_of

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import ZOO
 
-from infexport.digest import sealed
+from infexport.bundle.integrity import sealed
 from infexport.errors import InfexportError
-from infexport.labelled import Classes, read_labelled
+from infexport.evaluation.accuracy.dataset import Classes, read_labelled
 
 RIGHT, ALL = 446, 450
 """Held-out digits that digits-linear names rightly."""
@@ -132,7 +132,7 @@ def test_what_a_person_reads(infexport, bundle, few):
 
 
 def test_many_classes_and_disagreements_are_cut_short(infexport, bundle, few, monkeypatch, tmp_path):
-    from infexport.cli import accuracy
+    from infexport.cli.commands import accuracy
 
     monkeypatch.setattr(accuracy, "ALL_CLASSES", 9)
     monkeypatch.setattr(accuracy, "WORST", 2)
@@ -199,7 +199,7 @@ def test_images_that_cannot_be_read_count_neither_way(infexport, bundle, few, tm
 
 def test_what_pytorch_has_no_memory_for_is_told(infexport, bundle, few, monkeypatch, tmp_path):
     from infexport.errors import InfexportError
-    from infexport.runners.torch import TorchRunner
+    from infexport.evaluation.pytorch_reference import TorchRunner
 
     run = TorchRunner.run
 
@@ -220,8 +220,8 @@ def test_what_pytorch_has_no_memory_for_is_told(infexport, bundle, few, monkeypa
 
 @pytest.mark.parametrize("side", ["bundle", "PyTorch"])
 def test_answers_that_are_no_numbers_fail_on_either_side(side, infexport, bundle, few, monkeypatch):
-    from infexport.runners.ort import OrtRunner
-    from infexport.runners.torch import TorchRunner
+    from infexport.evaluation.pytorch_reference import TorchRunner
+    from infexport.inference.runners.onnxruntime import OrtRunner
 
     runner = OrtRunner if side == "bundle" else TorchRunner
     run = runner.run
@@ -266,7 +266,7 @@ def test_no_pytorch_is_for_where_there_is_none(infexport, bundle, few, monkeypat
     assert "the recorded checkpoint is gone" in told
     assert "--no-pytorch" in told
 
-    from infexport import extras
+    from infexport.system import dependencies as extras
 
     monkeypatch.setattr(extras, "installed", lambda module: module not in ("torch", "safetensors"))
     told = infexport("validate", "accuracy", bundle, few, exit_code=2).stderr

@@ -12,9 +12,11 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from infexport import benchmark, gemm, machine, processes
-from infexport.measurements import Spread, limit_of
-from infexport.work import Work
+from infexport.evaluation.benchmark import benchmark, gemm
+from infexport.evaluation.benchmark.result import Spread, limit_of
+from infexport.evaluation.flops import Work
+from infexport.system import host as machine
+from infexport.system import workers as processes
 
 
 def report_of(infexport, bundle, *arguments, exit_code=0):
@@ -90,7 +92,7 @@ def test_a_size_that_would_take_too_long_is_left_out(infexport, golden_bundle, t
 def wrapped(monkeypatch, code):
     """Workers that run `code` first, with the request in `request`."""
     start = "import io, json, os, resource, runpy, signal, sys\ntext = sys.stdin.read()\nrequest = json.loads(text)\n"
-    end = "\nsys.stdin = io.StringIO(text)\nrunpy.run_module('infexport.benchmark_worker', run_name='__main__')"
+    end = "\nsys.stdin = io.StringIO(text)\nrunpy.run_module('infexport.evaluation.benchmark.worker', run_name='__main__')"
     monkeypatch.setattr(benchmark, "WORKER", [sys.executable, "-c", start + code + end])
 
 
@@ -171,7 +173,7 @@ def test_wrong_usage(arguments, words, infexport, golden_bundle):
 
 
 def test_a_missing_matplotlib_is_named_before_anything_is_measured(infexport, golden_bundle, monkeypatch):
-    from infexport import extras
+    from infexport.system import dependencies as extras
 
     monkeypatch.setattr(extras, "installed", lambda module: module != "matplotlib")
     result = infexport("benchmark", golden_bundle("reference_linear"), "--plot", "a.png", exit_code=2)
@@ -194,9 +196,7 @@ def test_the_worker_imports_no_torch(golden_bundle):
     request = json.dumps(
         {"bundle": str(golden_bundle("reference_linear")), "provider": "cpu", "engine": None, "threads": 1}
     )
-    code = (
-        "import sys; from infexport.benchmark_worker import work; from infexport.processes import serve; serve(work)\n"
-    )
+    code = "import sys; from infexport.evaluation.benchmark.worker import work; from infexport.system.workers import serve; serve(work)\n"
     code += "print([m for m in ('torch', 'onnx', 'infvit', 'infsa_ops') if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"

@@ -8,9 +8,10 @@ import pytest
 from fake_nvml import FakeNvml, install
 from PIL import Image
 
-from infexport import benchmark, benchmark_worker, gemm
 from infexport.errors import InfexportError
-from infexport.runners import ort
+from infexport.evaluation.benchmark import benchmark, gemm
+from infexport.evaluation.benchmark import worker as benchmark_worker
+from infexport.inference.runners import onnxruntime as ort
 
 WATTS = 250
 

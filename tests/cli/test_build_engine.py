@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infexport import engine as engines
 from infexport.bundle import open_bundle, seal
-from infexport.manifest import read_manifest
+from infexport.bundle.manifest import read_manifest
+from infexport.conversion.tensorrt import build as engines
 from infvit.config import SIZES
 from infvit.network import InfViT
 
@@ -113,7 +113,7 @@ def test_every_precision_whole_and_in_stages(name, precision, infexport, bundle,
 
 
 def test_a_sum_in_half_precision_is_refused():
-    from infexport.engine_worker import check_types
+    from infexport.conversion.tensorrt.build_worker import check_types
     from infexport.errors import InfexportError
 
     check_types("a graph", {"CONSTANT": {"HALF": 3}, "REDUCE": {"FLOAT": 2}, "SHAPE": {"INT64": 1}})
@@ -160,11 +160,11 @@ def test_timings_are_kept_and_used_again(infexport, bundle, cache):
 
 
 def test_phases_are_told(bundle, cache, golden_images):
-    from infexport.backends import BACKENDS
-    from infexport.engine import Listener, Plan, build_engines
-    from infexport.images import find_images
-    from infexport.profiles import profile_of
-    from infexport.targets import target_of
+    from infexport.conversion.tensorrt.build import Listener, Plan, build_engines
+    from infexport.conversion.tensorrt.profiles import profile_of
+    from infexport.images.decode import find_images
+    from infexport.inference.tensorrt_libraries import BACKENDS
+    from infexport.system.gpus import target_of
 
     opened = open_bundle(bundle("reference_linear"))
     phases, statuses = [], []
@@ -196,8 +196,8 @@ def test_tf32_is_asked_for_and_named(infexport, bundle, cache):
 @pytest.mark.parametrize("tf32", [True, False])
 def test_tf32_is_off_unless_asked_for(tf32, monkeypatch, tmp_path):
     """In the very config that the library is given."""
-    from infexport import engine_worker
-    from infexport.backends import BACKENDS
+    from infexport.conversion.tensorrt import build_worker as engine_worker
+    from infexport.inference.tensorrt_libraries import BACKENDS
 
     target = {"name": "a100", "capability": "8.0", "memory": None}
     request = {"backend": "tensorrt-rtx", "target": target, "tf32": tf32, "memory": None, "gpu": None}
@@ -277,9 +277,9 @@ def test_images_that_fix_no_ranges(infexport, bundle, golden_images):
 
 def test_9216_squared_fits_once_and_not_twice(tmp_path):
     """2 × 331,777 tokens × 4096 are more elements than TensorRT counts; what fits is told, and does fit."""
+    from infexport.conversion.tensorrt.profiles import INT32_MAX, check_whole, profile_of
     from infexport.errors import InfexportError
-    from infexport.profiles import INT32_MAX, check_whole, profile_of
-    from infexport.targets import target_of
+    from infexport.system.gpus import target_of
 
     manifest = paper_manifest()
     target = target_of("a100")
@@ -302,9 +302,9 @@ def paper_manifest():
 
 
 def test_a_gpu_s_memory_is_a_limit():
+    from infexport.conversion.tensorrt.profiles import check_whole, peak, profile_of
     from infexport.errors import InfexportError
-    from infexport.profiles import check_whole, peak, profile_of
-    from infexport.targets import target_of
+    from infexport.system.gpus import target_of
 
     manifest, target = paper_manifest(), target_of("t4")
     profile = profile_of(manifest, [(224, 224), (1024, 1024), (4096, 4096)], [6])
@@ -318,7 +318,7 @@ def test_a_gpu_s_memory_is_a_limit():
 
 def test_a_tile_is_as_large_as_the_operator_s():
     """Building needs no torch, so that the number stands in two places."""
-    from infexport import profiles
+    from infexport.conversion.tensorrt import profiles
     from infsa_ops import common
 
     assert profiles.TILE == common.TILE
@@ -328,10 +328,10 @@ def test_blocks_of_pairs_are_larger_than_a_chunk():
     """What a stage of Pure InfSA needs is told by its blocks of queries and keys."""
     from types import SimpleNamespace
 
+    from infexport.conversion.tensorrt.profiles import check_stages, peak
     from infexport.errors import InfexportError
-    from infexport.profiles import check_stages, peak
-    from infexport.stream.driver import PAIR_CHUNKS
-    from infexport.targets import target_of
+    from infexport.inference.streaming.driver import PAIR_CHUNKS
+    from infexport.system.gpus import target_of
 
     stages = [SimpleNamespace(graph="attend", over="pairs"), SimpleNamespace(graph="apply", over="tokens")]
     manifest = SimpleNamespace(config=SIZES["infvit_pure_4l"].to_dict(), input="uint8", stages=stages)

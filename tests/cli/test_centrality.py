@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import ZOO
 
-from infexport import centrality_check as centrality
+from infexport.evaluation.centrality import check as centrality
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_inspect_shows_what_a_bundle_holds(infexport, golden_bundle):
 
 
 def test_a_missing_extra_is_named(infexport, monkeypatch, tmp_path):
-    from infexport import extras
+    from infexport.system import dependencies as extras
 
     monkeypatch.setattr(extras, "installed", lambda module: module != "torch")
     result = infexport("convert", "checkpoint", "model.pth", "-o", tmp_path / "b", exit_code=2)

@@ -13,14 +13,18 @@ import pytest
 from packaging.requirements import Requirement as Reference
 from packaging.specifiers import SpecifierSet
 
-from infexport import doctor, machine, processes, requirements, targets
+from infexport import doctor
 from infexport.doctor import here
 from infexport.doctor.facts import Facts
 from infexport.doctor.product import product
 from infexport.doctor.trials import Outcome, Started, outcomes
 from infexport.errors import InfexportError
-from infexport.requirements import MODULES, parse, version_of, wanted
-from infexport.targets import Gpu
+from infexport.system import dependencies as requirements
+from infexport.system import gpus as targets
+from infexport.system import host as machine
+from infexport.system import workers as processes
+from infexport.system.dependencies import MODULES, parse, version_of, wanted
+from infexport.system.gpus import Gpu
 
 H100 = Gpu("NVIDIA H100", 81559 * 2**20, "580.65.06", "9.0")
 

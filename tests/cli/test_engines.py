@@ -13,13 +13,15 @@ import pytest
 from PIL import Image
 from support import relative_error
 
-from infexport import Predictor, backends, engines
-from infexport.backends import TensorRTRTX
+from infexport import Predictor
 from infexport.bundle import open_bundle
-from infexport.digest import sealed
-from infexport.lowering import Lowering
-from infexport.runners import opening
-from infexport.targets import Gpu
+from infexport.bundle.integrity import sealed
+from infexport.conversion.tensorrt.precision import Lowering
+from infexport.inference import engine_selection as engines
+from infexport.inference import tensorrt_libraries as backends
+from infexport.inference.runners import factory as opening
+from infexport.inference.tensorrt_libraries import TensorRTRTX
+from infexport.system.gpus import Gpu
 
 A100 = Gpu("NVIDIA A100-SXM4-40GB", 40 << 30, "580.1", "8.0")
 VERSION = "1.7.1.116"
@@ -216,7 +218,7 @@ def test_onnx_runtime_does_what_no_engine_can(infexport, folder, gpu, pictures):
 
 def test_a_set_of_two_builds_is_none(infexport, streaming, gpu):
     """Killed while engines were put in their places."""
-    from infexport.engines import sets_of
+    from infexport.inference.engine_selection import sets_of
 
     assert len(sets_of(open_bundle(streaming), "stream")) == 1
     other(chunk=16)(streaming / "engines" / "a100-fp32.stream-03-apply.engine")
@@ -236,8 +238,8 @@ def test_an_engine_that_cannot_be_activated_is_an_error(infexport, folder, gpu, 
 def test_the_real_library_without_a_driver_is_an_error(folder, monkeypatch):
     """No stand-in: TensorRT-RTX and Polygraphy themselves, on this machine."""
     from infexport.errors import InfexportError
-    from infexport.runners.trt import EngineSession
-    from infexport.targets import local_gpu
+    from infexport.inference.runners.tensorrt import EngineSession
+    from infexport.system.gpus import local_gpu
 
     if local_gpu() is not None:
         pytest.skip("this machine has a GPU: the engine can be loaded")

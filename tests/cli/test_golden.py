@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support import GOLDEN, MODELS, relative_error
 
-from infexport.convert import ConvertOptions, read_checkpoint
+from infexport.conversion.convert import ConvertOptions, read_checkpoint
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,12 +14,12 @@ from matplotlib import colormaps
 from PIL import Image
 from support import ZOO, relative_error
 
-from infexport import centrality as centrality_module
-from infexport import heatmaps
-from infexport.centrality import Centrality
-from infexport.digest import sealed
-from infexport.synthetic import synthetic_image
-from infexport.transform import EvalTransform
+from infexport.bundle.integrity import sealed
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.images.preprocess import EvalTransform
+from infexport.inference import centrality as centrality_module
+from infexport.inference.centrality import Centrality
+from infexport.outputs import heatmaps
 
 HELD_OUT = ZOO / "canvases-held-out"
 DIGITS = {row["file"]: row for row in csv.DictReader((HELD_OUT / "canvases.csv").open())}

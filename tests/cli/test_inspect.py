@@ -10,14 +10,15 @@ import pytest
 import torch
 from support import GOLDEN
 
-from infexport import anatomy, extras
-from infexport.bundle import open_bundle, sha256
+from infexport.bundle import open_bundle
+from infexport.bundle.integrity import sealed, sha256
 from infexport.cli.sections import _takes
-from infexport.digest import sealed
-from infexport.execution import Image, estimates
-from infexport.options import InferenceOptions
-from infexport.stream import stores
-from infexport.stream.stores import FileStore
+from infexport.evaluation import inspect as anatomy
+from infexport.inference.options import InferenceOptions
+from infexport.inference.planner import Image, estimates
+from infexport.inference.streaming import token_store as stores
+from infexport.inference.streaming.token_store import FileStore
+from infexport.system import dependencies as extras
 from infvit.config import SIZES
 from infvit.network import InfViT
 

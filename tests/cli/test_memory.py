@@ -11,7 +11,7 @@ import sys
 import pytest
 from PIL import Image
 
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.synthetic_images import synthetic_image
 
 PEAK = """
 import sys

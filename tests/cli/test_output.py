@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from infexport.cli import cli
-from infexport.cli.output import ErrorGroup, Output, printable
+from infexport.cli.console import ErrorGroup, Output, printable
 from infexport.errors import InfexportError
 
 NAME = "erase\x1b[2J\u202e\x9b.png"

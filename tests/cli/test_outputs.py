@@ -18,9 +18,11 @@ import pytest
 from PIL import Image
 from support import ZOO
 
-from infexport import Predictor, heatmaps, outputs
+from infexport import Predictor
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
+from infexport.outputs import files as outputs
+from infexport.outputs import heatmaps
 
 DIGITS = sorted((ZOO / "digits-held-out").glob("*.png"))
 
@@ -236,7 +238,7 @@ def test_a_full_disk_in_the_end_loses_no_answer(suffix, infexport, bundle, tmp_p
 
 
 def test_a_full_disk_while_centrality_is_written(infexport, bundle, tmp_path, monkeypatch):
-    from infexport import predictions
+    from infexport.inference import prediction as predictions
 
     write = predictions._write_array
 
@@ -299,8 +301,8 @@ def test_the_place_of_a_kept_copy_is_a_path(tmp_path):
 
 
 def test_a_plot_or_a_page_that_fails_loses_no_answer(infexport, bundle, tmp_path, monkeypatch):
-    from infexport import plots
-    from infexport.report import page
+    from infexport.evaluation.benchmark import plots
+    from infexport.evaluation.report import page
 
     def fail(*arguments, **more):
         raise RuntimeError("the library's own")

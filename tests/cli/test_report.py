@@ -14,11 +14,10 @@ from onnx import load
 from onnx.external_data_helper import ExternalDataInfo
 from PIL import Image
 
-from infexport import extras
-from infexport.bundle import sha256
-from infexport.centrality import Centrality
-from infexport.digest import sealed
-from infexport.heatmaps import overlay
+from infexport.bundle.integrity import sealed, sha256
+from infexport.inference.centrality import Centrality
+from infexport.outputs.heatmaps import overlay
+from infexport.system import dependencies as extras
 
 NASTY = "<script>alert(1)</script>"
 INLINE = {"span", "data", "strong", "code"}
@@ -221,7 +220,7 @@ def test_another_checkpoint_is_named_and_hashed(infexport, golden_bundle, tmp_pa
 def test_it_is_refused_before_the_work(infexport, golden_bundle, tmp_path, monkeypatch):
     arguments = ("validate", "parity", golden_bundle("reference_linear"), "--report")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("infexport.validate.validate", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("infexport.evaluation.parity.validate.validate", lambda *_: pytest.fail("work was begun"))
     for name, words in (("page.pdf", "expected .html"), ("file/page.html", "cannot write the report")):
         assert words in infexport(*arguments, tmp_path / name, exit_code=2).stderr
     monkeypatch.setattr(extras, "installed", lambda module: module not in ("jinja2", "matplotlib"))

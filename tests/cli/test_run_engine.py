@@ -94,7 +94,7 @@ def test_images_that_fail_don_t_stop_the_others(infexport, bundle, photographs, 
 
 def test_a_batch_that_fails_doesn_t_stop_the_others(infexport, bundle, photographs, monkeypatch):
     from infexport.errors import InfexportError
-    from infexport.runners.ort import OrtRunner
+    from infexport.inference.runners.onnxruntime import OrtRunner
 
     run = OrtRunner.run
 
@@ -155,7 +155,7 @@ def test_a_silent_fall_back_to_the_cpu_is_an_error(monkeypatch, golden_bundle):
 
     from infexport.bundle import open_bundle
     from infexport.errors import InfexportError
-    from infexport.runners.ort import OrtRunner
+    from infexport.inference.runners.onnxruntime import OrtRunner
 
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)

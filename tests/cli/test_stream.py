@@ -16,7 +16,7 @@ import skimage.data
 import tifffile
 from support import GOLDEN, relative_error
 
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.synthetic_images import synthetic_image
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,8 @@ def test_a_truncated_image_is_one_error_and_leaves_nothing(infexport, bundle, sc
 def test_a_failure_holds_on_to_nothing(bundle, scene, tmp_path):
     """An error's traceback would keep the tokens of the image that failed in memory."""
     from infexport.bundle import open_bundle
-    from infexport.options import InferenceOptions
-    from infexport.run import Run
+    from infexport.inference.executor import Run
+    from infexport.inference.options import InferenceOptions
 
     content = scene.read_bytes()
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
@@ -225,7 +225,7 @@ def label_and_messages(infexport, bundle, image, output, *options):
 
 def test_an_exchanged_image_or_another_option_is_a_run_of_its_own(infexport, bundle, tmp_path, monkeypatch):
     """Equal size and time at the same place: neither the old one's answer, nor the old one's progress is lost."""
-    from infexport.stream import driver
+    from infexport.inference.streaming import driver
 
     image, scratch = tmp_path / "image.tif", tmp_path / "scratch"
     contents = []

@@ -125,7 +125,7 @@ def test_an_image_that_fails_is_told_where_the_reader_has_left(commands, tmp_pat
 
 def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
     """Texts that libraries write to descriptors 1 and 2 must not be in a file."""
-    code = "import os\nfrom infexport.standard_streams import open_streams\nopen_streams()\n"
+    code = "import os\nfrom infexport.system.standard_streams import open_streams\nopen_streams()\n"
     code += f"file = open({str(tmp_path / 'file')!r}, 'w')\n[os.write(number, b'text') for number in (1, 2)]\n"
     code += "print('out', flush=True); import subprocess; subprocess.run(['sh', '-c', 'echo more; echo more >&2'])"
     subprocess.run(["bash", "-c", f'{sys.executable} -c "$1" <&- >&- 2>&-', "bash", code], check=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import infsa_ops
-from infsa_ops import affinity_launch
+from infsa_ops.triton import affinity_launch
 
 
 def start(queries: int, keys: int) -> None:

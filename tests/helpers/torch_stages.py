@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from infexport.manifest import Stage
+from infexport.bundle.manifest import Stage
 from infvit.config import InfViTConfig
 from infvit.fold import fold, fold_normalisation
 from infvit.network import InfViT
-from infvit.sweeps import sweeps
+from infvit.stages import sweeps
 
 CONFIG = InfViTConfig(
     variant="linear_infsa", image_size=24, patch_size=8, depth=2, embed_dim=16, num_heads=2, mlp_dim=24, num_classes=5,

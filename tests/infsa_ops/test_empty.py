@@ -19,7 +19,7 @@ from torch.export import Dim
 import infexport
 import infsa_ops
 from infexport.bundle import open_bundle
-from infexport.runners.ort import OrtRunner
+from infexport.inference.runners.onnxruntime import OrtRunner
 from infsa_ops.affinity_product import reference as product
 from infsa_ops.affinity_squared_norm import reference as squared_norm
 from infsa_ops.linear_state import reference as linear

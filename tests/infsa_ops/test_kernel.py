@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import infsa_ops
-from infsa_ops import affinity_launch
 from infsa_ops.affinity_product import reference as block
 from infsa_ops.neumann_kernel import reference
+from infsa_ops.triton import affinity_launch
 
 triton = pytest.importorskip("triton")
 
@@ -225,7 +225,7 @@ def test_what_the_kernel_does_not_take_is_computed_without_it(by_kernel):
 
 def test_without_triton_torch_computes_and_says_so_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "infsa_ops.affinity_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "infsa_ops.triton.affinity_kernel", raising=False)
     monkeypatch.setattr(affinity_launch, "capability", lambda device: (9, 0))
     affinity_launch._kernel.cache_clear()
     q = torch.ones(1, 1, 4, 16)
@@ -295,7 +295,7 @@ def compile_for(monkeypatch, tmp_path):
     """(capability, form, q, k, v) → the grid and the compiled kernel of that form."""
 
     def run(capability: int, form: str, q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], Any]:
-        from infsa_ops.affinity_kernel import affinity
+        from infsa_ops.triton.affinity_kernel import affinity
 
         compiler = Compiler(affinity)
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

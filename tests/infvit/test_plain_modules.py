@@ -11,12 +11,12 @@ from support import TINY, relative_error
 from torch import nn
 from torch.nn.utils import parametrize
 
+from infexport.conversion.image_model import ImageModel
 from infexport.errors import InfexportError
-from infexport.image_model import ImageModel
 from infvit.fold import fold
 from infvit.network import InfViT
 from infvit.rewrite import is_plain
-from infvit.sweeps import sweeps
+from infvit.stages import sweeps
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PLACES = (

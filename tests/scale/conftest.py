@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from children import descendants
 
-from infexport.scale.cluster import connected
+from infexport.integrations.ray.cluster import connected
 
 
 @pytest.fixture(scope="session")

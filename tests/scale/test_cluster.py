@@ -18,8 +18,8 @@ from children import descendants
 from support import ZOO
 
 from infexport.errors import InfexportError
-from infexport.scale import cluster
-from infexport.scale.cluster import workers_of
+from infexport.integrations.ray import cluster
+from infexport.integrations.ray.cluster import workers_of
 
 pytestmark = pytest.mark.ray
 LISTENING = "0A"
@@ -135,7 +135,7 @@ def test_workers_that_have_no_place(nodes, count, threads, told):
 
 def test_ray_that_was_imported_before(tmp_path):
     """It has read its environment by then, and would listen to all."""
-    code = "import ray\nfrom infexport.scale.cluster import connected\nwith connected('local'): pass"
+    code = "import ray\nfrom infexport.integrations.ray.cluster import connected\nwith connected('local'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert "Ray was imported before infexport could tell it to stay on this machine" in done.stderr
 

@@ -21,13 +21,13 @@ from support import relative_error
 
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.options import InferenceOptions
-from infexport.predictions import Failure
-from infexport.predictor import Predictor
-from infexport.run import Listener
-from infexport.scale import scaled
-from infexport.scale.cluster import Workers
-from infexport.scale.images import PART, part_size, predict
+from infexport.inference.executor import Listener
+from infexport.inference.options import InferenceOptions
+from infexport.inference.prediction import Failure
+from infexport.inference.predictor import Predictor
+from infexport.integrations.ray import scaled
+from infexport.integrations.ray.cluster import Workers
+from infexport.integrations.ray.images import PART, part_size, predict
 
 pytestmark = pytest.mark.ray
 

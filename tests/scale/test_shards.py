@@ -19,12 +19,12 @@ from support import relative_error
 
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.options import InferenceOptions
-from infexport.predictions import Failure
-from infexport.run import Listener, Run
-from infexport.scale import scaled
-from infexport.scale.shards import Worker
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.inference.executor import Listener, Run
+from infexport.inference.options import InferenceOptions
+from infexport.inference.prediction import Failure
+from infexport.integrations.ray import scaled
+from infexport.integrations.ray.shards import Worker
 
 pytestmark = pytest.mark.ray
 
@@ -120,7 +120,7 @@ def test_a_copy_of_what_was_fetched_is_deleted(ray, bundle, scene):
 
 
 def test_lack_of_memory_is_the_image_s_failure(ray, bundle, scene, monkeypatch):
-    from infexport.scale.shards import Worker
+    from infexport.integrations.ray.shards import Worker
 
     def take(self, image, rows):
         raise MemoryError("8 TB of tokens")

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from support import MODELS, relative_error
 
-from infexport import centrality as module
 from infexport.bundle import open_bundle
-from infexport.centrality import summed
-from infexport.runners.ort import OrtRunner, OrtStages
-from infexport.stream import stream
-from infexport.stream.source import ArrayRows, Source
-from infexport.synthetic import synthetic_image
-from infexport.transform import fit, transform_of
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.images.preprocess import fit, transform_of
+from infexport.images.strips import ArrayRows, Source
+from infexport.inference import centrality as module
+from infexport.inference.centrality import summed
+from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages
+from infexport.inference.streaming import stream
 
 
 def streamed(bundle, image, chunk):

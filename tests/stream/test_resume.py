@@ -10,10 +10,10 @@ import pytest
 from torch_stages import Counting, Killed, torch_bundle
 
 from infexport.errors import InfexportError
-from infexport.stream import stream
-from infexport.stream.scratch import Identity, Scratch
-from infexport.stream.source import ArrayRows, Source
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.images.strips import ArrayRows, Source
+from infexport.inference.streaming import stream
+from infexport.inference.streaming.resume import Identity, Scratch
 
 SHAPES = {
     "linear": {},

@@ -12,12 +12,12 @@ import pytest
 from torch_stages import Counting, Killed, torch_bundle
 
 from infexport.errors import InfexportError, LastingError
-from infexport.stream import stream
-from infexport.stream.driver import Position
-from infexport.stream.scratch import Identity, Scratch, clean
-from infexport.stream.source import ArrayRows, Source
-from infexport.stream.stores import FileStore
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.images.strips import ArrayRows, Source
+from infexport.inference.streaming import stream
+from infexport.inference.streaming.driver import Position
+from infexport.inference.streaming.resume import Identity, Scratch, clean
+from infexport.inference.streaming.token_store import FileStore
 
 
 @pytest.fixture

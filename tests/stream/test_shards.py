@@ -13,12 +13,12 @@ from support import MODELS, relative_error
 
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.runners.ort import OrtStages
-from infexport.stream import stream
-from infexport.stream.driver import stages_of
-from infexport.stream.shards import Lost, Shard, Sharded, rows_of
-from infexport.stream.source import ArrayRows, Source
-from infexport.synthetic import synthetic_image
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.images.strips import ArrayRows, Source
+from infexport.inference.runners.onnxruntime import OrtStages
+from infexport.inference.streaming import stream
+from infexport.inference.streaming.driver import stages_of
+from infexport.inference.streaming.sharding import Lost, Shard, Sharded, rows_of
 
 
 class Here:

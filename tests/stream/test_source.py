@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infexport.errors import InfexportError
-from infexport.images import read_image
-from infexport.stream.source import ArrayRows, SlideRows, Source, VipsRows, open_rows
-from infexport.synthetic import synthetic_image
-from infexport.transform import EvalTransform, fit
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.images.decode import read_image
+from infexport.images.preprocess import EvalTransform, fit
+from infexport.images.strips import ArrayRows, SlideRows, Source, VipsRows, open_rows
 
 
 def read(rows, step=7):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infexport.errors import InfexportError
-from infexport.stream.stores import FileStore, HalfStore, MemoryStore, Ring, Unproven, dtype_of
+from infexport.inference.streaming.token_store import FileStore, HalfStore, MemoryStore, Ring, Unproven, dtype_of
 
 
 def rows(count, width=3, seed=0):

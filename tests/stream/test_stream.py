@@ -15,17 +15,17 @@ from support import GOLDEN, MODELS, ZOO, relative_error
 from torch_stages import CONFIG, TorchStages, folded_network
 
 from infexport.bundle import open_bundle
-from infexport.recorded import load_recorded
-from infexport.runners.ort import OrtRunner, OrtStages
-from infexport.runners.torch import TorchRunner
-from infexport.stream import stream
-from infexport.stream.source import ArrayRows, Source
-from infexport.synthetic import synthetic_image
-from infexport.transform import fit, transform_of
+from infexport.evaluation.pytorch_reference import TorchRunner
+from infexport.evaluation.recorded_checkpoint import load_recorded
+from infexport.evaluation.synthetic_images import synthetic_image
+from infexport.images.preprocess import fit, transform_of
+from infexport.images.strips import ArrayRows, Source
+from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages
+from infexport.inference.streaming import stream
 from infvit.centrality import katz, linear_scores
 from infvit.fold import fold
 from infvit.network import InfViT
-from infvit.sweeps import sweeps
+from infvit.stages import sweeps
 
 ZOO_MODELS = ["digits-linear", "digits-pure"]
 
@@ -181,9 +181,9 @@ SHAPES = [
     seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_chunking_changes_nothing(shape, height, width, chunk, seed):
-    from infexport.stream.driver import Driver, Tokens, layout_of, stages_of
-    from infexport.stream.maps import Maps
-    from infexport.stream.stores import MemoryStore
+    from infexport.inference.streaming.centrality import Maps
+    from infexport.inference.streaming.driver import Driver, Tokens, layout_of, stages_of
+    from infexport.inference.streaming.token_store import MemoryStore
 
     network, folded = folded_network(seed, **shape)
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -225,7 +225,7 @@ def centrality_of(network, pixels):
 
 
 def test_spare_rows_are_never_more_than_rows():
-    from infexport.stream.driver import layout_of
+    from infexport.inference.streaming.driver import layout_of
 
     stages = TorchStages(fold(InfViT(CONFIG))).stages
     assert layout_of(stages, range(100), 100_000, resumable=True).spare == {"tokens": 100}

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-from infsa_ops import tiles
+from infsa_ops import onnx_tiling as tiles
 from infsa_ops.affinity_product import op as _registration  # noqa: F401  (registers the torch op)
 
 NAME = "AffinityProduct"

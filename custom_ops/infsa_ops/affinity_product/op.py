@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infsa_ops.affinity_launch import sweeps_for
 from infsa_ops.affinity_product import reference
 from infsa_ops.common import at_least_float32, check_qk, no_autocast
 from infsa_ops.derivatives import register_derivatives
-from infsa_ops.sweeps import TILED, Sweeps
+from infsa_ops.tiled_affinity import TILED, Sweeps
+from infsa_ops.triton.affinity_launch import sweeps_for
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

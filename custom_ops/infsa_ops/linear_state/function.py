@@ -11,7 +11,7 @@ import onnxscript
 import torch
 
 from infsa_ops.linear_state import op as _registration  # noqa: F401  (registers the torch op)
-from infsa_ops.tiles import nonempty
+from infsa_ops.onnx_tiling import nonempty
 
 NAME = "LinearInfSAStateUpdate"
 TORCH_OP = torch.ops.infsa.linear_state_update.default

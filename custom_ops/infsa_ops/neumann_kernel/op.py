@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infsa_ops.affinity_launch import sweeps_for
 from infsa_ops.common import EPSILON, at_least_float32, check_qkv, no_autocast, per_head
 from infsa_ops.derivatives import register_derivatives
 from infsa_ops.neumann_kernel import reference
-from infsa_ops.sweeps import TILED, Sweeps
+from infsa_ops.tiled_affinity import TILED, Sweeps
+from infsa_ops.triton.affinity_launch import sweeps_for
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> None:

@@ -17,7 +17,7 @@ from hostile.cases import Case
 from hostile.mutate import INTERESTING, TEXTS, mutate_bytes
 from hostile.seeds import seal_again
 from hostile.watch import Violation
-from infexport.manifest import CENTRALITY_MODEL, MODEL
+from infexport.bundle.manifest import CENTRALITY_MODEL, MODEL
 
 OPERATORS = (
     "Add",

@@ -17,9 +17,9 @@ from PIL import Image, features
 from hostile.cases import Case
 from hostile.mutate import INTERESTING, interesting, mutate_bytes
 from infexport.errors import InfexportError
-from infexport.options import InferenceOptions
-from infexport.predictions import Failure
-from infexport.predictor import Predictor
+from infexport.inference.options import InferenceOptions
+from infexport.inference.prediction import Failure
+from infexport.inference.predictor import Predictor
 
 FORMATS = {
     "PNG": ".png",

@@ -11,7 +11,7 @@ from hostile.cases import Case
 from hostile.doors.reading import golden, read
 from hostile.mutate import TEXTS, mutate_bytes, mutate_json
 from hostile.seeds import seal_again
-from infexport.manifest import LABELS
+from infexport.bundle.manifest import LABELS
 
 
 def make(case: Case) -> Callable[[], int | None]:

@@ -14,8 +14,8 @@ from PIL import Image
 from hostile.cases import Case
 from hostile.watch import Violation
 from infexport.bundle import open_bundle
-from infexport.predictions import Prediction
-from infexport.predictor import Predictor
+from infexport.inference.prediction import Prediction
+from infexport.inference.predictor import Predictor
 
 NAMES = ("a.png", "a.jpg", "a.webp", "b.PNG", "b-2.png", "a-2.png", "c.tif", "sub/a.png", "sub/deep/b.bmp", "é 猫.png")
 

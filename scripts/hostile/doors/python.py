@@ -14,8 +14,8 @@ from PIL import Image
 from hostile.cases import Case
 from hostile.mutate import TEXTS
 from hostile.watch import Violation
-from infexport.predictions import Prediction
-from infexport.predictor import Predictor
+from infexport.inference.prediction import Prediction
+from infexport.inference.predictor import Predictor
 
 RIGHT: dict[str, tuple[Any, ...]] = {
     "size": ("trained", "native", 64, "64", 32, np.int64(64)),

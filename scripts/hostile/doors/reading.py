@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hostile.cases import Case
-from infexport.convert import ConvertOptions, read_checkpoint
-from infexport.image_model import ImageModel
+from infexport.conversion.convert import ConvertOptions, read_checkpoint
+from infexport.conversion.image_model import ImageModel
 from infvit.checkpoint import build_network
 from infvit.fold import fold
 

@@ -18,9 +18,9 @@ from hostile.doors.folder import remove
 from hostile.mutate import INTERESTING, mutate_bytes, mutate_json
 from hostile.seeds import copy_tree
 from hostile.watch import Violation
-from infexport.options import InferenceOptions
-from infexport.predictor import Predictor
-from infexport.run import Listener
+from infexport.inference.executor import Listener
+from infexport.inference.options import InferenceOptions
+from infexport.inference.predictor import Predictor
 
 
 class Interrupting(Listener):

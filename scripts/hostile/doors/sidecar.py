@@ -10,8 +10,8 @@ from hostile.cases import Case
 from hostile.mutate import mutate_json
 from hostile.seeds import sealed_again
 from infexport.bundle import open_bundle
-from infexport.engines import choose
-from infexport.targets import Gpu
+from infexport.inference.engine_selection import choose
+from infexport.system.gpus import Gpu
 
 GPU = Gpu("NVIDIA A100-SXM4-40GB", 40 * 2**30, "580.00", "8.0")
 

@@ -1,0 +1,1 @@
+"""The affinity operators on a GPU, in Triton's language."""

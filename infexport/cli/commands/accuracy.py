@@ -1,0 +1,217 @@
+"""`infexport validate accuracy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from infexport.cli.commands.run_engine import EXECUTIONS
+from infexport.cli.console import Output
+from infexport.cli.options import Bytes, Size, threads_option
+from infexport.cli.providers import engine_option, provider_option
+from infexport.errors import InfexportError
+from infexport.system.dependencies import require
+
+if TYPE_CHECKING:
+    from infexport.bundle import Bundle
+    from infexport.evaluation.accuracy.evaluate import Report
+    from infexport.evaluation.accuracy.metrics import Share
+    from infexport.evaluation.checkpoint_reference import CheckpointOpening
+
+ALL_CLASSES, WORST, DISAGREEMENTS = 20, 10, 20
+"""Rows for people: of so many classes all, else so many; so many disagreements."""
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with this one.  [default: the recorded]")
+@click.option("--no-pytorch", is_flag=True, help="Judge BUNDLE alone: needs neither the checkpoint nor torch.")
+@click.option("--min-top1", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit code 1 if top-1 is less, 0 to 1.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write every image's answers to a .csv file.")
+@click.option("--size", type=Size(), metavar="trained|native|N", default="trained", show_default=True,
+              help="The recorded evaluation transform, the image as it is, or that transform at N pixels.")  # fmt: skip
+@click.option("--edge", type=click.Choice(["pad", "crop"]), default="pad", show_default=True,
+              help="Complete the last patch by replicating the edge, or cut it off.")  # fmt: skip
+@click.option("--execution", type=click.Choice(EXECUTIONS), default="auto", show_default=True,
+              help="Run the whole graph, or stream: chunk by chunk, in memory that hardly grows.")  # fmt: skip
+@click.option("--memory", type=Bytes(), help="What the process may take, such as 2GiB.  [default: 80% of what is free]")
+@click.option("--chunk", type=click.IntRange(min=1),
+              help="Tokens at a time, streamed.  [default: 1024; of engines, what they were built for]")  # fmt: skip
+@provider_option()
+@engine_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Images of equal grid at once, in PyTorch too.")  # fmt: skip
+@threads_option
+@click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the report says so.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def accuracy(
+    bundle: Path,
+    data: Path,
+    checkpoint: Path | None,
+    no_pytorch: bool,
+    min_top1: float | None,
+    output: Path | None,
+    size: Any,
+    edge: Any,
+    execution: Any,
+    memory: int | None,
+    chunk: int | None,
+    provider: str,
+    engine: str | None,
+    batch_size: int,
+    threads: int | None,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """How often BUNDLE is right on DATA, and how often it agrees with its checkpoint in PyTorch.
+
+    DATA is a folder with a folder of images per class, or a .csv file with columns 'file', relative to it, and 'label'.
+    Classes are all named by their labels or, where one is no label, all by their indices. Intervals are of 95%
+    (Wilson's score).
+
+    Exit code 1 when an image cannot be judged, which counts neither for nor against, or top-1 is below --min-top1.
+    """
+    from infexport.bundle import open_bundle
+    from infexport.bundle.summary import warnings_of
+    from infexport.cli.progress import Told
+    from infexport.evaluation.accuracy.dataset import Classes, read_labelled
+    from infexport.evaluation.accuracy.evaluate import SUFFIXES, evaluate
+    from infexport.inference.options import InferenceOptions
+    from infexport.outputs.files import check_apart, check_writable
+    from infexport.outputs.results import ELSEWHERE
+
+    out = Output(as_json)
+    if no_pytorch and checkpoint is not None:
+        raise click.UsageError("--checkpoint with --no-pytorch: leave one of the two out")
+    options = InferenceOptions(
+        size=size,
+        edge=edge,
+        execution=execution,
+        memory=memory,
+        chunk=chunk,
+        provider=provider,
+        engine=engine,
+        # streamed, it is PyTorch's
+        batch_size=batch_size if execution != "stream" or no_pytorch else 1,
+        threads=threads,
+    )
+    opened = open_bundle(bundle, verify=not no_verify)
+    classes = Classes(opened.manifest.config["num_classes"], opened.labels)
+    images = read_labelled(data, classes)
+    if output is not None:
+        check_writable(output, "output", SUFFIXES, ELSEWHERE)
+        check_apart({output: "output"}, [data, *(image.file for image in images)], "choose another --output")
+    network = None if no_pytorch else _network(opened, checkpoint)
+    if not opened.verified:
+        out.warning("the bundle was modified since it was converted; the report is of what it is now")
+    for line in warnings_of(opened.manifest):
+        out.warning(line)
+    with out.progress(len(images) * (1 if no_pytorch else 2), "images") as bar:
+        report = evaluate(opened, images, classes, options, Told(out, opened, bar), network, min_top1, batch_size)
+    _show(out, report)
+    out.document(report.to_dict())
+    for failure in report.failed:
+        out.error(failure.error)
+    if output is not None:
+        report.write(output)
+        out.status(f"wrote {output}")
+    raise click.exceptions.Exit(0 if report else 1)
+
+
+def _network(bundle: Bundle, checkpoint: Path | None) -> CheckpointOpening:
+    """The checkpoint's, as named or as recorded."""
+    try:
+        require("torch", "safetensors", extra="export")
+        from infexport.evaluation.checkpoint_reference import CheckpointOpening
+        from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
+
+        return CheckpointOpening(bundle, checkpoint or recorded_checkpoint(bundle))
+    except InfexportError as error:
+        hint = "; ".join(filter(None, [error.hint, "or judge the bundle alone: --no-pytorch"]))
+        raise InfexportError(error.summary, error.details, hint) from error
+
+
+def _show(out: Output, report: Report) -> None:
+    found = report.accuracy
+    out.data(f"{len(report.images)} images of {len(found.classes)} classes, on {report.ran}{_streamed(report)}")
+    if not report.images:
+        return
+    out.data(f"top-1: {_share(found.top1)}")
+    if found.top5 is not None:
+        out.data(f"top-5: {_share(found.top5)}")
+    few = len(found.classes) <= ALL_CLASSES
+    shown = found.classes if few else sorted(found.classes, key=lambda one: one.right.share)[:WORST]
+    if not few:
+        out.data(f"the {WORST} classes least often right:")
+    out.table(
+        ["class", "images", "right", "recall", "most often taken for"],
+        [
+            [
+                report.classes.name(one.index),
+                str(one.right.total),
+                str(one.right.count),
+                f"{one.right.share:.1%}",
+                "" if one.confused is None else f"{report.classes.name(one.confused)} ({one.times})",
+            ]
+            for one in shown
+        ],
+    )
+    _show_pytorch(out, report)
+    rates = _rate(report.rate)
+    if report.pytorch is not None:
+        rates += f", PyTorch {_rate(report.pytorch_rate)} ({report.pytorch})"
+    out.data(f"images per second: {rates}; with reading them, without loading the model")
+    if report.enough is not None:
+        held = "holds" if report else "FAILED"
+        verdict = f"accuracy {held}: top-1 {found.top1.share:.2%}, at least {report.required:.2%} required"
+        if report.failed:
+            count = len(report.failed)
+            verdict += f"; {count} image{'' if count == 1 else 's'} could not be judged"
+        out.data(verdict if report.verified else f"{verdict} (unverified: the bundle was modified)")
+
+
+def _show_pytorch(out: Output, report: Report) -> None:
+    from infexport.evaluation.parity.metrics import NETWORK
+
+    theirs, agreement = report.pytorch_accuracy, report.agreement
+    if theirs is None or agreement is None or not report.compared:
+        return
+    out.data(f"compared: the bundle with {NETWORK}")
+    out.data(f"PyTorch's top-1: {_share(theirs.top1)}")
+    out.data(f"same top-1 as PyTorch: {_share(agreement.same)}")
+    out.data(f"an image's logits differ from PyTorch's by at most {agreement.largest_difference:.1e} of their norm")
+    told = report.disagreements()
+    if told:
+        out.table(
+            ["disagreement", "class", "bundle", "", "PyTorch", ""],
+            [
+                [one["file"], one["label"], *_answer(one["bundle"]), *_answer(one["pytorch"])]
+                for one in told[:DISAGREEMENTS]
+            ],
+        )
+    if len(told) > DISAGREEMENTS:
+        out.data(f"and {len(told) - DISAGREEMENTS} more: --json or --output has them")
+
+
+def _share(share: Share) -> str:
+    from infexport.evaluation.accuracy.metrics import wilson
+
+    low, high = wilson(share.count, share.total)
+    return f"{share.share:.2%}, {share.count} of {share.total}, 95% interval {low:.2%} to {high:.2%}"
+
+
+def _answer(answer: dict[str, Any]) -> tuple[str, str]:
+    return answer["label"], f"{answer['probability']:.2%}"
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}"
+
+
+def _streamed(report: Report) -> str:
+    """How many images were streamed, if any."""
+    ways = [f"{count} {way}" for way, count in report.executions().items() if way != "whole"]
+    return f" ({'; '.join(ways)})" if ways else ""

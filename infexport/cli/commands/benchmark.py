@@ -1,0 +1,151 @@
+"""`infexport benchmark`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from infexport.cli.console import Output
+from infexport.cli.options import Sizes, threads_option
+from infexport.cli.providers import engine_option, provider_option
+from infexport.system.dependencies import require
+
+if TYPE_CHECKING:
+    from infexport.evaluation.benchmark.result import Report, Row
+
+ON_GPU = ("J/image", "GPU MB")
+"""Columns that are shown where they have a value."""
+
+
+@click.command(short_help="Measure BUNDLE on this machine.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--sizes", type=Sizes(), metavar="N|HxW,…",
+              help="Sizes of the images.  [default: 224,512,1024,2048,4096]")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
+@click.option("--repeats", type=click.IntRange(min=1),
+              help="Runs that count, per size; on a GPU more where they take less than a second.  "
+              "[default: 5; on a GPU 100]")  # fmt: skip
+@provider_option()
+@engine_option
+@threads_option
+@click.option("--max-seconds", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True,
+              help="Leave out a size whose batch takes longer even at the machine's limit.")  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw time and memory against tokens to a .png file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def benchmark(
+    bundle: Path,
+    sizes: list[tuple[int, int]] | None,
+    batch_size: int,
+    repeats: int | None,
+    provider: str,
+    engine: str | None,
+    threads: int | None,
+    max_seconds: float,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure how fast BUNDLE, by its engines or in ONNX Runtime, is on this machine, and how near the machine's limit.
+
+    Every size runs in a process of its own, on images of noise: latency and throughput once warm, peak memory of the
+    process, and the seconds from its cold start to its first answer. In between the same process runs a large matrix
+    product. The limit is the time the model's own matrix products would take at that rate; the share is limit / p50.
+
+    On a GPU also its memory at the peak, less what was in use before, and joules per image, by NVML (extra 'gpu').
+    Engines have no limit: ONNX Runtime doesn't run them.
+
+    Exit code 1 when a size failed, as for want of memory; it doesn't stop the others.
+    """
+    from infexport.bundle import open_bundle
+    from infexport.bundle.summary import warnings_of
+    from infexport.evaluation.benchmark.benchmark import benchmark, sizes_for
+    from infexport.inference.runners.onnxruntime import remarks
+
+    out = Output(as_json)
+    if plot is not None:
+        require("matplotlib", extra="plot")
+        from infexport.evaluation.benchmark.plots import check_plot, draw_scaling
+
+        check_plot(plot)
+    opened = open_bundle(bundle)
+    for line in warnings_of(opened.manifest):
+        out.warning(line)
+    chosen = sizes_for(opened, sizes)
+    report = benchmark(opened, chosen, batch_size, repeats, provider, engine, threads, max_seconds, out.status)
+    for line in remarks(opened.manifest.precision, report.machine["provider"]):
+        out.warning(line)
+    for line in _facts(report):
+        out.data(line)
+    cells = [_cells(row) for row in report.rows]
+    header = [name for name in cells[0] if name not in ON_GPU or any(row[name] != "-" for row in cells)]
+    out.table(header, [[row[name] for name in header] for row in cells])
+    for line in dict.fromkeys(_missing(report)):
+        out.data(line)
+    for row in report.rows:
+        if row.reason:
+            out.data(f"{row.name} {row.status}: {row.reason}")
+    out.document(report.to_dict())
+    if plot is not None and any(row.measured for row in report.rows):
+        draw_scaling(report, plot)
+        out.status(f"wrote {plot}")
+    elif plot is not None:
+        out.warning("nothing was measured: no plot")
+    raise click.exceptions.Exit(0 if report else 1)
+
+
+def _facts(report: Report) -> list[str]:
+    from infexport.bundle.manifest import MODEL
+    from infexport.evaluation.benchmark.gemm import SHAPES, UNITS, absence
+
+    machine, manifest = report.machine, report.manifest
+    rates = "; ".join(
+        f"{kind} {rate.p50:.0f} {UNITS[kind]} ({rate.min:.0f} to {rate.max:.0f}): [{{0}},{{1}}] x [{{1}},{{2}}]".format(
+            *SHAPES[kind]
+        )
+        for kind, rate in report.rates.items()
+    )
+    limit = rates or f"none: {absence(report.precision, machine['provider'])}"
+    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    return [
+        f"machine     {machine['cpu']}, {machine['cores']} cores{gpu}",
+        f"runtime     {machine['runtime']}, {machine['provider']}, threads {machine['threads'] or 'chosen by it'}",
+        f"limit       {limit}",
+        f"bundle      {report.bundle}, {manifest.config['variant']}, {report.precision}"
+        f"{', folded' if manifest.folded else ''}, batch {report.rows[0].batch}",
+        f"sha256      {manifest.files[MODEL]}  {MODEL}",
+    ]
+
+
+def _missing(report: Report) -> list[str]:
+    """What NVML does not tell, a line each."""
+    measured = [row.measured for row in report.rows if row.measured is not None]
+    return [f"not measured: {reason}" for each in measured if each.on_gpu for reason in each.on_gpu.missing]
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """By column."""
+    facts = row.to_dict()
+    seconds, gpu = facts.get("seconds", {}), facts.get("on_gpu", {})
+    share = facts.get("share_of_limit")
+    return {
+        "size": row.name,
+        "tokens": str(row.tokens),
+        **{f"{name} ms": _figure(seconds.get(name), 1e3) for name in ("p50", "p90", "p99", "min", "max")},
+        "images/s": _figure(facts.get("images_per_second")),
+        "J/image": _figure(gpu.get("joules_per_image")),
+        "peak MB": _figure(facts.get("peak_memory_bytes"), 1e-6),
+        "GPU MB": _figure(gpu.get("peak_memory_bytes"), 1e-6),
+        "cold s": _figure(facts.get("cold_start_seconds")),
+        "limit ms": _figure(row.limit, 1e3),
+        "share": "-" if share is None else f"{share:.0%}",
+        "": "" if row.measured else row.status,
+    }
+
+
+def _figure(value: float | None, unit: float = 1) -> str:
+    """Three figures, never a power of ten for what is large; a dash where there is no value."""
+    if value is None:
+        return "-"
+    value *= unit
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"

@@ -1,0 +1,141 @@
+"""`infexport convert checkpoint`."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from infexport.bundle.manifest import PRECISIONS
+from infexport.cli.console import Output
+from infexport.system.dependencies import require
+
+LAYOUTS_HELP = (
+    "Whose parameter names the checkpoint has: auto, reference, torchvision, timm, transformers, transformers4 or "
+    "transformers4_wrapped."
+)
+
+
+CONFIG_HELP = "JSON object with what shapes don't tell (num_heads, variant, labels, mean, std, …), or Hugging Face's."
+
+
+class Floats(click.ParamType[tuple[float, ...]]):
+    """Three finite numbers, `R,G,B`, above `least`."""
+
+    name = "R,G,B"
+
+    def __init__(self, least: float = -math.inf) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != 3 or not all(math.isfinite(number) and number > self.least for number in numbers):
+            positive = "" if self.least < 0 else " above 0"
+            self.fail(f"{value!r} is not three numbers{positive} separated by commas, such as 0.5,0.5,0.5", param, ctx)
+        return numbers
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python does not search for garbage in here.
+
+    Importing torch and exporting make millions of objects that stay: searching them again and again was a sixth of a
+    conversion. What is left lying are tens of megabytes, and no tensors.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@click.group()
+def convert() -> None:
+    """Convert a trained model to a bundle."""
+
+
+@convert.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The bundle to make, a folder.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+@click.option("--variant", metavar="[linear_infsa|pure_infsa]", help="Attention of the model.")
+@click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads.")
+@click.option("--layout", default="auto", show_default=True, help=LAYOUTS_HELP)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help=CONFIG_HELP,
+)
+@click.option(
+    "--labels",
+    "labels_file",
+    type=click.Path(path_type=Path),
+    help="Class names: lines, or JSON, such as imagenet_class_index.json.",
+)
+@click.option("--rho", type=float, help="Discount, where the checkpoint has none.  [default: 0.95]")
+@click.option("--norm-eps", type=click.FloatRange(min=0, min_open=True), help="Epsilon of the LayerNorms.")
+@click.option("--mean", type=Floats(), help="Mean of the pixels in [0, 1].  [default: ImageNet's]")
+@click.option("--std", type=Floats(least=0), help="Standard deviation of the pixels.  [default: ImageNet's]")
+@click.option("--neumann-terms", type=click.IntRange(min=1), help="Terms of the Neumann series.  [default: 1]")
+@click.option(
+    "--neumann-tol",
+    type=click.FloatRange(min=0, min_open=True),
+    help="As many terms as leave out at most this, relative to the values, for any image.",
+)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
+              help="Of the layers that meet every token. int8 is for CPUs, fp16 for GPUs.")  # fmt: skip
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="IMAGES",
+    help="Image or folder that fixes the ranges of int8 activations.  [default: found at run time]",
+)
+@click.option("--input", type=click.Choice(["uint8", "float32"]), default="uint8", show_default=True,
+              help="RGB image [B,H,W,3], or normalised pixels [B,3,H,W].")  # fmt: skip
+@click.option(
+    "--fold/--no-fold", default=True, show_default=True, help="Rewrite the model exactly, for less to compute."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: bool, **options: Any) -> None:
+    """Convert CHECKPOINT (.pth, .pt, .safetensors or a Hugging Face folder) to ONNX.
+
+    The bundle holds model.onnx, its weights and infexport.json, which records what was converted and how. It
+    appears when it is complete.
+    """
+    if options["neumann_terms"] is not None and options["neumann_tol"] is not None:
+        raise click.UsageError("--neumann-terms and --neumann-tol exclude each other: give one")
+    if calibrate is not None and options["precision"] != "int8":
+        raise click.UsageError("--calibrate is for --precision int8: nothing else has ranges to fix")
+    out = Output(as_json)
+    require("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", extra="export")
+    with _uncollected():
+        from infexport.bundle.summary import summary_lines, warnings_of
+        from infexport.conversion.convert import ConvertOptions, convert
+        from infexport.images.decode import find_images
+
+        images = () if calibrate is None else tuple(find_images([calibrate]))
+        with out.progress(len(images), "calibrating") if images else nullcontext() as bar:
+            progress = bar.update if bar else lambda done: None
+            bundle = convert(checkpoint, output, ConvertOptions(calibrate=images, **options), out.status, progress)
+    for name, value in bundle.manifest.assumed.items():
+        out.status(f"assumed {name.replace('_', ' ')}: {value}")
+    for word in bundle.manifest.unread:
+        out.status(f"not read: {word}")
+    for line in warnings_of(bundle.manifest):
+        out.warning(line)
+    for line in summary_lines(bundle):
+        out.data(line)
+    out.document(bundle.to_dict())

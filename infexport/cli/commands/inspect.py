@@ -1,0 +1,67 @@
+"""`infexport inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from infexport.cli.console import Output
+from infexport.cli.options import Sizes
+from infexport.cli.providers import engine_option, provider_option
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--sizes", type=Sizes(), metavar="N|HxW,…",
+              help="Sizes of images to weigh, in whole patches.  [default: trained, 224 to 65536]")  # fmt: skip
+@provider_option(default=None, help="Load it there, and show where every node runs.  [default: cpu, where it loads]")
+@engine_option
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON, with the manifest and the engines.")
+def inspect(
+    bundle: Path, sizes: list[tuple[int, int]] | None, provider: str | None, engine: str | None, as_json: bool
+) -> None:
+    """Show what BUNDLE is, whether it is as it was made, and what images of any size take.
+
+    Its files and its checkpoint against their hashes; inputs and outputs; operators and where they run; parameters;
+    arithmetic and memory by size; engines.
+
+    Exit code 1 when its files are not what the manifest recorded, or an engine is not what its sidecar says.
+    """
+    from infexport.bundle import open_bundle
+    from infexport.bundle.provenance import provenance_of
+    from infexport.bundle.summary import manifest_lines, summary_lines, warnings_of
+    from infexport.cli import sections
+    from infexport.evaluation.inspect import graph_of, parts_of, resolutions
+    from infexport.inference.planner import usual_memory
+
+    out = Output(as_json)
+    opened = open_bundle(bundle, verify=False)
+    for line in warnings_of(opened.manifest):
+        out.warning(line)
+    limit = usual_memory()  # of which the loaded graph will take some
+    provenance, graph = provenance_of(opened), graph_of(opened, provider, engine)
+    parts, sized = parts_of(opened.manifest.config), resolutions(opened, sizes, limit)
+    for line in [*summary_lines(opened), *manifest_lines(opened)]:
+        out.data(line)
+    sections.provenance(out, opened, provenance)
+    sections.graph(out, graph)
+    sections.parameters(out, opened, parts)
+    sections.resolutions(out, opened, sized, limit)
+    sections.engines(out, opened)
+    found = graph.to_dict()
+    document = opened.to_dict() | {
+        "provenance": asdict(provenance),
+        "inputs": found.pop("inputs"),
+        "outputs": found.pop("outputs"),
+        "operators": found,
+        "parts": [asdict(part) for part in parts],
+        "memory_limit": limit,
+        "resolutions": [asdict(one) for one in sized],
+    }
+    if provider or engine:
+        document["placement"] = graph.placement
+    out.document(document)
+    whole = opened.verified and all(engine["state"] in ("current", "stale") for engine in opened.engines)
+    raise click.exceptions.Exit(0 if whole else 1)

@@ -1,0 +1,1 @@
+"""A checkpoint → ONNX graphs → a bundle → TensorRT engines."""

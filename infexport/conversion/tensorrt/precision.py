@@ -1,0 +1,58 @@
+"""The graphs of an fp32 bundle in another precision, for an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infexport.bundle import open_bundle
+
+if TYPE_CHECKING:
+    from infexport.conversion.passes import Inputs
+
+
+class Lowering:
+    """Lowers graphs one after the other.
+
+    Args:
+        bundle: an fp32 bundle.
+        precision: `fp32` and `tf32` leave graphs as they are; `fp16`, `bf16`, `int8`.
+        images: files that fix the ranges of activations, for `int8`.
+        scratch: folder for the lowered graphs, of which one is there at a time.
+    """
+
+    def __init__(self, bundle: str, precision: str, images: Sequence[str], scratch: str) -> None:
+        self._bundle = open_bundle(Path(bundle))
+        self._precision, self._scratch = precision, Path(scratch)
+        self._images = [Path(image) for image in images]
+        self._met: dict[str, Inputs] | None = None
+
+    def calibrate(self, progress: Callable[[int], None]) -> None:
+        """Run the images; `progress` is told of every one, with 1.
+
+        Raises:
+            InfexportError: an image that cannot be read.
+        """
+        if not self._images:
+            return
+        from infexport.conversion.calibration import batches, calibrate
+
+        manifest = self._bundle.manifest
+        patch = manifest.config["patch_size"]
+        images = batches(self._images, patch, manifest.preprocessing, manifest.input, progress)
+        self._met = calibrate(self._bundle.model, images)
+
+    def graph(self, graph: Path) -> Path:
+        """The file of a graph of the bundle in the precision."""
+        if self._precision in ("fp32", "tf32"):
+            return graph
+        import onnx_ir as ir
+
+        from infexport.conversion.passes import lower
+
+        model = ir.load(graph)
+        lower(model, self._precision, self._met, tensorrt=True)
+        lowered = self._scratch / "lowered.onnx"
+        ir.save(model, lowered, external_data="lowered.data")
+        return lowered

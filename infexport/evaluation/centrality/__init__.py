@@ -1,0 +1,1 @@
+"""Centrality: attention is the chain's that the paper says it is."""

@@ -1,0 +1,1 @@
+"""Parity: a bundle computes what PyTorch computes."""

@@ -1,0 +1,1 @@
+"""A bundle and images → predictions; needs neither torch nor onnx."""

@@ -1,0 +1,136 @@
+"""Which engines of a bundle this machine can run, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from infexport.bundle import Bundle
+from infexport.bundle.manifest import MODEL
+from infexport.errors import InfexportError
+from infexport.inference.tensorrt_libraries import BACKENDS
+from infexport.system.gpus import Gpu, local_gpu
+
+Kind = Literal["whole", "stream"]
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """Engines of one target and precision, which run the whole graph or stream.
+
+    Attributes:
+        name: `<target>-<precision>`.
+        kind: what they run.
+        engines: graph → the sidecar of its engine, as of `Bundle.engines`.
+    """
+
+    name: str
+    kind: Kind
+    engines: Mapping[str, dict[str, Any]]
+
+    @property
+    def precision(self) -> str:
+        return next(iter(self.engines.values()))["precision"]
+
+    @property
+    def backend(self) -> str:
+        return next(iter(self.engines.values()))["backend"]
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens at a time, at most, where they stream."""
+        return next(iter(self.engines.values()))["chunk"]
+
+
+def sets_of(bundle: Bundle, kind: Kind) -> list[EngineSet]:
+    """All sets of a kind that are complete and as their sidecars say, built from this very bundle."""
+    needed = [MODEL] if kind == "whole" else [stage.graph for stage in bundle.manifest.stages or ()]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for engine in bundle.engines:
+        if engine["state"] == "current":
+            graphs = [graph for graph in engine["graph"] if graph.endswith(".onnx")]
+            found.setdefault(f"{engine['target']}-{engine['precision']}", {}).update({graphs[0]: engine})
+    sets = [
+        EngineSet(name, kind, {graph: engines[graph] for graph in needed})
+        for name, engines in found.items()
+        if needed and all(graph in engines for graph in needed)
+    ]
+    # those of two builds may not fit together; only hands can have put them side by side
+    return [each for each in sets if len({_build_of(engine) for engine in each.engines.values()}) == 1]
+
+
+def _build_of(engine: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is the same for all engines of a build."""
+    return tuple(engine[name] for name in ("backend", "backend_version", "compute_capability", "chunk"))
+
+
+def choose(bundle: Bundle, kind: Kind, name: str | None = None, gpu: Gpu | None = None) -> EngineSet:
+    """The engines to run with.
+
+    Args:
+        bundle: opened.
+        kind: what is to be run.
+        name: of the set, `<target>-<precision>`; None for the one that fits.
+        gpu: of this machine; None asks for it.
+
+    Raises:
+        InfexportError: none fits this machine, with the reason of each and what to build; or several do.
+    """
+    gpu = gpu or local_gpu()
+    if gpu is None:
+        raise InfexportError(
+            "engines need an NVIDIA GPU and its driver",
+            "nvidia-smi names no GPU here",
+            "run the bundle in ONNX Runtime instead: --provider cpu" + (", without --engine" if name else ""),
+        )
+    sets = [each for each in sets_of(bundle, kind) if name in (None, each.name)]
+    fitting = [each for each in sets if not refusal(each, gpu)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise InfexportError(
+            f"several engines fit {gpu.name}",
+            ", ".join(each.name for each in fitting),
+            f"choose one: --engine {fitting[0].name}",
+        )
+    reasons = [f"{each.name}: {refusal(each, gpu)}" for each in sets]
+    for engine in bundle.engines:
+        if engine["state"] != "current":
+            reasons.append(f"{engine['file']}: {STATES[engine['state']]}")
+    precision = name.rpartition("-")[2] if name else "fp16"
+    what = "engine" if kind == "whole" else "set of engines to stream through"
+    raise InfexportError(
+        f"this bundle has no {what} {f'{name} ' if name else ''}for {gpu.name}",
+        "\n".join(reasons) or "it has none at all",
+        build_command(bundle.path, precision, kind),
+    )
+
+
+def build_command(bundle: Path, precision: str, kind: Kind) -> str:
+    """The command that builds engines for this machine's GPU."""
+    images = " --calibrate IMAGES" if precision == "int8" else ""
+    stream = " --execution stream" if kind == "stream" else ""
+    return f"infexport build-engine {bundle} --target local --precision {precision}{images}{stream}"
+
+
+STATES = {
+    "stale": "built from another graph than the bundle's",
+    "modified": "the engine is not what its sidecar says",
+    "missing": "the engine is missing",
+    "unreadable": "the sidecar is not as infexport wrote it",
+}
+
+
+def refusal(engines: EngineSet, gpu: Gpu) -> str:
+    """Why a set cannot run here, on a GPU; empty where it can."""
+    facts = next(iter(engines.engines.values()))
+    if facts["compute_capability"] != gpu.capability:
+        return f"built for compute capability {facts['compute_capability']}, this GPU has {gpu.capability}"
+    if facts["backend"] not in BACKENDS:
+        return f"built with {facts['backend']}, which this infexport does not know"
+    version = BACKENDS[facts["backend"]].version()
+    if version != facts["backend_version"]:
+        return f"built with {facts['backend']} {facts['backend_version']}, installed is {version or 'none'}"
+    return ""

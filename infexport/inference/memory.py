@@ -1,0 +1,102 @@
+"""How much memory a run takes, before it is run: peak resident bytes of the whole process, on a CPU.
+
+Sums of what is there at the worst moment. How many copies of it there are is ONNX Runtime's affair and was measured
+(docs/streaming.md); `scripts/bench_stream.py` measures it again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from infexport.bundle.manifest import Manifest
+from infexport.inference.centrality import CENTRALITY, MOST_NUMBERS
+from infexport.inference.streaming.driver import PAIR_CHUNKS, layout_of, stages_of
+from infexport.inference.streaming.token_store import dtype_of
+
+PROCESS = 105_000_000
+"""Python with numpy, Pillow, libvips and ONNX Runtime."""
+DRAWING, PANEL, CANVAS = 120_000_000, 650_000, 7
+"""Matplotlib with a map over its overview; a panel more; bytes of a pixel of the picture, while it is written."""
+F32 = 4
+TILE_ROWS = 4 * 256
+"""Rows of pixels that libvips holds of a tiled image."""
+
+
+def _activations(manifest: Manifest) -> int:
+    """Of a token, where a layer is widest: around the GELU, with some rows of E beside it, and its patch."""
+    config = manifest.config
+    hidden, beside = (4 * F32, 5) if manifest.precision != "int8" else (3 * F32 + 1, 4)
+    beside += 2 if config["variant"] == "pure_infsa" else 0
+    patch = 3 * config["patch_size"] ** 2
+    # pixels as they are, and as float32 before and after they are put in patches
+    return hidden * config["mlp_dim"] + beside * F32 * config["embed_dim"] + (1 + 2 * F32) * patch
+
+
+def whole(manifest: Manifest, weights: int, tokens: int, batch: int = 1) -> int:
+    """Of the whole graph.
+
+    Args:
+        manifest: of the bundle.
+        weights: bytes of its weights.
+        tokens: of an image.
+        batch: images at once.
+    """
+    return PROCESS + weights + batch * tokens * _activations(manifest)
+
+
+def streamed(
+    manifest: Manifest, tokens: int, width: int, chunk: int, half: bool, on_disk: bool, centrality: bool = False
+) -> int:
+    """Of a streamed run.
+
+    Args:
+        manifest: of a bundle with stages.
+        tokens: of the image.
+        width: of the image in pixels; strips of it are in memory.
+        chunk: tokens at a time.
+        half: tokens are kept in float16.
+        on_disk: tokens are kept in a scratch file, not in memory.
+        centrality: of the tokens is asked for.
+    """
+    config = manifest.config
+    assert manifest.stages is not None, "the caller checks that there are stages"
+    stages = stages_of(manifest.stages, centrality)
+    chunk, embed = min(chunk, tokens), config["embed_dim"]
+    # of the largest stage, `apply`: output projection, MLP, and what the next layer gathers
+    projections = 3 if config["variant"] == "linear_infsa" else 4
+    weights = F32 * (projections * embed**2 + 2 * embed * config["mlp_dim"])
+    if manifest.precision == "int8":
+        weights //= 2  # a quarter, but for what is applied once per image
+    passing = chunk * _activations(manifest) * 27 // 20  # the arenas of two stages overlap
+    if any(stage.over == "pairs" for stage in stages):
+        # queries, keys, values, their heads apart, and the product; read from disk, once more
+        passing += min(PAIR_CHUNKS * chunk, tokens) * embed * F32 * (11 if on_disk else 8)
+    rows = max(config["patch_size"], chunk * config["patch_size"] ** 2 // width)
+    strips = 3 * width * (4 * rows + TILE_ROWS)
+    maps = F32 * min(tokens * config["depth"] * config["num_heads"], MOST_NUMBERS) * centrality
+    stored = 0 if on_disk else kept(manifest, tokens, chunk, half, False, centrality)
+    return PROCESS + weights + passing + strips + stored + 2 * maps
+
+
+def kept(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool, centrality: bool = False) -> int:
+    """Of the tokens of a streamed run, wherever they are kept; the arguments are those of `streamed`."""
+    config = manifest.config
+    assert manifest.stages is not None, "the caller checks that there are stages"
+    stages, total = stages_of(manifest.stages, centrality), 0
+    for name, spare in layout_of(stages, range(tokens), chunk, on_disk, centrality).spare.items():
+        columns = config["num_heads" if name == CENTRALITY else "embed_dim"]
+        total += (tokens + spare) * columns * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
+    return total
+
+
+def drawing(manifest: Manifest, detail: str) -> int:
+    """Memory that drawing an image's heat map takes, beside the numbers.
+
+    Args:
+        manifest: of the bundle.
+        detail: as of `heatmaps.figure_of`.
+    """
+    depth, heads = manifest.config["depth"], manifest.config["num_heads"]
+    panels = {"mean": 2, "layers": depth, "heads": depth * heads}[detail]
+    side = 450  # pixels of a panel with what is around it, 3 inches
+    return max(DRAWING, DRAWING // 2 + panels * (PANEL + CANVAS * side**2))

@@ -1,0 +1,1 @@
+"""Other systems that run bundles: Ray and Triton Inference Server."""

@@ -1,0 +1,66 @@
+"""More than one process, by Ray: many images over workers, or one image over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from infexport.bundle import Bundle
+from infexport.errors import InfexportError
+from infexport.inference.executor import Listener, name_of
+from infexport.inference.options import InferenceOptions
+from infexport.inference.prediction import Row
+from infexport.inference.predictor import Predictor
+from infexport.integrations.ray import images as many
+from infexport.integrations.ray import shards
+from infexport.integrations.ray.cluster import connected, workers_of
+
+
+def scaled(
+    address: str,
+    count: int | None,
+    shard_image: bool,
+    bundle: Bundle,
+    options: InferenceOptions,
+    images: Sequence[Path | str],
+    listener: Listener,
+) -> list[Row]:
+    """A row for every image, in their order.
+
+    Args:
+        address: as of `cluster.connected`.
+        count: of workers, as of `cluster.workers_of`.
+        shard_image: all workers run each image together; otherwise each runs images of its own.
+        bundle: opened here; the workers open it at the same path.
+        options: of the run; `memory` and `threads` are of each worker.
+        images: files that the workers can read, at the same paths, or URLs.
+        listener: told of it.
+
+    Raises:
+        InfexportError: no cluster, not the workers that were asked for, or the bundle cannot be run.
+    """
+    # of files, too: a worker's current folder is another
+    bundle = replace(bundle, path=bundle.path.absolute())
+    named = [image.absolute() if isinstance(image, Path) else image for image in images]
+    scratch = options.scratch and options.scratch.absolute()
+    if address.startswith("ray://") and not shard_image:
+        raise InfexportError(
+            f"many images cannot be handed out through {address}",
+            "Ray Data does not run over Ray's client protocol",
+            "run this on a node of the cluster, with --ray auto, or by: ray job submit",
+        )
+    with connected(address) as ray:
+        workers = workers_of(ray, count, options.threads, shard_image)
+        listener.status(f"{workers.count} Ray workers of {workers.threads} cores each")
+        free, needed = ray.available_resources().get("CPU", 0), workers.count * workers.threads
+        if free < needed:
+            listener.status(f"waiting for cores: {free:.0f} of the cluster's are free, {needed} needed")
+        memory = options.memory or workers.memory
+        options = replace(options, memory=memory, scratch=scratch, threads=workers.threads)
+        if shard_image:
+            rows = shards.predict(ray, workers, bundle, options, named, listener)
+        else:
+            predictor = Predictor.of(bundle, options)
+            rows = many.predict(ray, workers, predictor, named, options.batch_size, listener)
+    return [replace(row, file=name_of(images, index)) for index, row in enumerate(rows)]

@@ -1,0 +1,193 @@
+"""Many images over workers, by Ray Data: its pool of actors does again what one that died had begun."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from infexport.errors import InfexportError
+from infexport.images.fetch import is_url
+from infexport.inference.executor import Listener, name_of
+from infexport.inference.prediction import Failure, Row
+from infexport.inference.predictor import Predictor, columns_of, rows_of
+from infexport.integrations.ray.cluster import Workers, last_line
+from infexport.system.urls import scrubbed
+
+PART = 128
+"""Images that are handed to a worker at once: what is done again where it dies. Handing over takes tens of ms."""
+RETRIES = 2
+"""Times that a part is done again before its images are tried one by one, and these before they are given up."""
+PLACE, FATAL, LOST, RAN = "place", "fatal", "lost", "ran"
+"""Columns beside a predictor's: the part's place; the bundle cannot be run at all; the part was given up; what is told
+of its run.
+"""
+
+
+class Attempts:
+    """An actor that counts how often each part is begun: a worker that dies takes its own count with it, and Ray Data
+    tries for ever.
+    """
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, place: int) -> int:
+        self._begun[place] += 1
+        return self._begun[place]
+
+
+class Heard(Listener):
+    """Keeps what a person would like to know."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, ...]] = []
+
+    def status(self, message: str) -> None:
+        self.ran.append((message,))
+
+    def running(self, provider: str, precision: str) -> None:
+        self.ran.append((provider, precision))
+
+
+class Worker:
+    """A predictor in a process of its own, with names as bytes: a file's name need not be UTF-8.
+
+    Args:
+        predictor: of the images.
+        attempts: an actor, `Attempts`.
+    """
+
+    def __init__(self, predictor: Predictor, attempts: Any) -> None:
+        self._predictor, self._attempts, self._heard = predictor, attempts, Heard()
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        import ray
+
+        names = [os.fsdecode(name) for name in batch["file"]]
+        fatal, labels, config = False, None, {"num_classes": 1, "embed_dim": 1}
+        lost = ray.get(self._attempts.begin.remote(int(batch[PLACE][0]))) > RETRIES + 1
+        rows: list[Row] = [Failure(name, InfexportError("given up")) for name in names]
+        try:
+            rows = rows if lost else self._predictor.predict(names, self._heard)
+            labels, config = self._predictor.bundle.labels, self._predictor.bundle.manifest.config
+        except InfexportError as error:  # of which Ray Data would leave a text
+            rows, fatal = [Failure(name, error) for name in names], True
+        except Exception as error:  # no worker has died of it
+            if len(names) > 1:  # it is one image's, which is found when they are tried one by one
+                raise
+            text = scrubbed(f"{type(error).__name__}: {' '.join(str(error).split())}", *filter(is_url, names))
+            rows = [Failure(names[0], InfexportError("a worker failed", text, "run this image without --ray"))]
+        columns = columns_of(rows, labels, config["num_classes"], config["embed_dim"])
+        heard = "\n".join("\t".join(told) for told in self._heard.ran)
+        count = len(rows)
+        states = {FATAL: np.full(count, fatal), LOST: np.full(count, lost), RAN: np.array([heard] * count, np.str_)}
+        return {**columns, PLACE: batch[PLACE], **states}
+
+
+def predict(
+    ray: ModuleType,
+    workers: Workers,
+    predictor: Predictor,
+    images: Sequence[Path | str],
+    batch_size: int,
+    listener: Listener,
+) -> list[Row]:
+    """A row for every image, in their order, as of `Predictor.predict`; an image whose worker dies each time is a
+    failure.
+
+    Args:
+        ray: connected.
+        workers: of the cluster.
+        predictor: sent to them; the bundle lies at the same path for all.
+        images: files that they can read, or URLs.
+        batch_size: of the predictor. Images are batched in this order, so that answers are those of one process.
+        listener: told of every part that is done.
+
+    Raises:
+        InfexportError: a worker cannot run the bundle at all.
+    """
+    size = part_size(len(images), workers.count, batch_size)
+    found: dict[int, Row] = {}
+    # then those of parts whose worker died each time, one by one: one of them may be what it died of
+    for each in (size, 1):
+        missing = [index for index in range(len(images)) if index not in found]
+        parts = [missing[i : i + each] for i in range(0, len(missing), each)]
+        try:
+            for part in _done(ray, workers, predictor, images, parts, listener):
+                found |= part
+                listener.image(len(part))
+        except ray.exceptions.RayError as error:
+            hint = "run it without --ray: is it the images?"
+            urls = [image for image in images if is_url(image)]
+            raise InfexportError("the workers cannot go on", scrubbed(last_line(error), *urls), hint) from error
+    for index in set(range(len(images))) - found.keys():
+        died = InfexportError(
+            f"its worker died each time: {name_of(images, index)}",
+            f"tried {RETRIES + 1} times by itself",
+            "it may need more memory than there is: fewer --workers have more each",
+        )
+        found[index] = Failure(name_of(images, index), died)
+        listener.image(1)
+    return [found[index] for index in range(len(images))]
+
+
+def part_size(images: int, workers: int, batch_size: int) -> int:
+    """Images of a part: whole batches, PART images or, where workers would be idle at the end, fewer."""
+    share = min(PART, -(-images // (4 * workers)))
+    return max(1, share // batch_size) * batch_size
+
+
+def _done(
+    ray: ModuleType,
+    workers: Workers,
+    predictor: Predictor,
+    images: Sequence[Path | str],
+    parts: Sequence[Sequence[int]],
+    listener: Listener,
+) -> Iterator[dict[int, Row]]:
+    """The rows of every part, by their image's index; not those of parts whose worker died each time."""
+    import pyarrow as pa
+    import ray.data as data
+
+    if not parts:
+        return
+    context = data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1  # what is lost is found missing
+    tables = [
+        pa.table({
+            "file": pa.array([os.fsencode(images[index]) for index in part], pa.binary()),
+            PLACE: [place] * len(part),
+        })
+        for place, part in enumerate(parts)
+    ]  # fmt: skip
+    answers = data.from_arrow(tables).map_batches(
+        Worker,
+        fn_constructor_args=(predictor, ray.remote(num_cpus=0)(Attempts).remote()),
+        batch_size=None,  # a table is a part
+        compute=data.ActorPoolStrategy(size=min(workers.count, len(tables))),
+        num_cpus=workers.threads,
+        num_gpus=workers.gpus or None,
+    )
+    told: set[str] = set()
+    for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
+        rows = rows_of(batch)
+        if batch[LOST].any():
+            continue
+        if batch[FATAL].any():
+            assert isinstance(rows[0], Failure)
+            raise rows[0].error
+        for line in str(batch[RAN][0]).splitlines():
+            if line not in told:
+                told.add(line)
+                provider, _, precision = line.partition("\t")
+                listener.running(provider, precision) if precision else listener.status(line)
+        yield dict(zip(parts[batch[PLACE][0]], rows, strict=True))

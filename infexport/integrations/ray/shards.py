@@ -1,0 +1,333 @@
+"""One image over workers: `infexport.inference.streaming.sharding` by Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from infexport.bundle import Bundle, open_bundle
+from infexport.errors import InfexportError
+from infexport.images.fetch import at_hand, named
+from infexport.images.strips import Source
+from infexport.inference import memory
+from infexport.inference.executor import Listener, name_of, not_finite, source_of
+from infexport.inference.options import InferenceOptions
+from infexport.inference.planner import no_stages, size_text
+from infexport.inference.prediction import Failure, Prediction, Row
+from infexport.inference.runners import Stages
+from infexport.inference.runners.factory import Opening
+from infexport.inference.streaming.driver import stages_of
+from infexport.inference.streaming.sharding import MEMORY_HINT, Lost, Shard, Sharded, rows_of
+from infexport.integrations.ray.cluster import Workers, last_line
+from infexport.system.urls import scrubbed
+
+EVERY = 0.5
+"""Seconds between two looks at how far the workers are."""
+PATIENCE = 10.0
+"""Seconds for workers to start, or to give back what they hold, before something is said or done."""
+
+
+class Worker:
+    """An actor: shards of one image after another, and the session that runs their stages.
+
+    Args:
+        bundle: the folder.
+        digest: of the bundle that all workers run.
+        options: of the run.
+    """
+
+    def __init__(self, bundle: Path, digest: str, options: InferenceOptions) -> None:
+        self._path, self._digest, self._options = bundle, digest, options
+        self._bundle: Bundle | None = None
+        self._stages: Stages | None = None
+        self._sessions = ExitStack()
+        self._shard: Shard | None = None
+        self._image = ExitStack()
+        self._file: tuple[Path | str, Path] = "", Path()
+        self._chunk = 0
+
+    def look(self, image: Path | str) -> tuple[tuple[int, int], float]:
+        """An image's grid of patches, and the share of padded pixels."""
+        source = self._source(image)
+        return source.grid, source.padded_share
+
+    def open(self) -> tuple[str, str, list[str], int]:
+        """Open the bundle and its stages: where they run, in which precision, notes, and tokens at a time.
+
+        Raises:
+            InfexportError: they cannot be opened here.
+        """
+        options = self._options
+        opening = Opening(self._opened, options.provider, options.engine, options.threads)
+        self._stages = self._sessions.enter_context(opening.stages())
+        self._chunk = opening.chunk(options.chunk)
+        return self._stages.provider, self._stages.precision, opening.notes, self._chunk
+
+    def take(self, image: Path | str, rows: range) -> None:
+        """Begin a shard of an image.
+
+        Raises:
+            InfexportError: the image or the bundle cannot be read here, or the shard does not fit into memory.
+        """
+        self._drop()
+        if self._stages is None:  # this worker is in another's place
+            self.open()
+        assert self._stages is not None, "opened"
+        bundle, options = self._opened, self._options
+        source = self._source(image)
+        chunk, patch = self._chunk, bundle.manifest.config["patch_size"]
+        needed = source.rows.loaded + memory.streamed(
+            bundle.manifest, len(rows), source.grid[1] * patch, chunk, options.half, False, False
+        )
+        if options.memory is not None and needed > options.memory:
+            raise InfexportError(
+                f"a shard of {len(rows):,} tokens does not fit into {size_text(options.memory)}",
+                f"it needs about {size_text(needed)}",
+                "use more --workers, on more machines, or --tokens float16",
+            )
+        stages = stages_of(bundle.manifest.stages or (), centrality=False)
+        self._shard = Shard(bundle.manifest.config, stages, self._stages, source, rows, chunk, options.half)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """A method of the shard."""
+        with named(*self._file):
+            return getattr(self._shard, method)(*arguments)
+
+    def facts(self) -> tuple[int, float]:
+        """Bytes of blocks that others gave, and the error of rounding."""
+        assert self._shard is not None, "taken"
+        return self._shard.received, self._shard.rounding
+
+    def done(self) -> int:
+        """Rows of the stage that it is at; answered while it is at it."""
+        return 0 if self._shard is None else self._shard.done
+
+    def leave(self) -> None:
+        """Give back what the shard holds, and what was fetched."""
+        self._drop()
+        self._image.close()
+        self._file = "", Path()
+
+    def _drop(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    def _source(self, image: Path | str) -> Source:
+        """Of an image, which is fetched once, to be looked at and taken."""
+        held, file = self._file
+        if held != image:
+            self.leave()
+            file = self._image.enter_context(at_hand(image))
+            self._file = image, file
+        with named(image, file):
+            return source_of(file, self._opened, self._options)
+
+    @property
+    def _opened(self) -> Bundle:
+        if self._bundle is None:
+            self._bundle = open_bundle(self._path, digest=self._digest)
+        return self._bundle
+
+
+class RayTeam:
+    """A `stream.shards.Team` of actors.
+
+    Args:
+        ray: connected.
+        workers: of the cluster; each is an actor.
+        bundle: which lies at the same path for all.
+        options: as of `Worker`.
+    """
+
+    def __init__(self, ray: ModuleType, workers: Workers, bundle: Bundle, options: InferenceOptions) -> None:
+        self._ray, self._workers, self.count = ray, workers, workers.count
+        self._arguments = bundle.path, bundle.manifest.digest, options
+        asking = ray.method(concurrency_group="asking")
+        actor = type("InfexportShard", (Worker,), {"done": asking(Worker.done)})
+        self._class = ray.remote(concurrency_groups={"asking": 1})(actor)
+        self._actors = [self._start() for _ in range(workers.count)]
+        self._image: Path | str = ""
+        self.rows: Sequence[range] = []
+        self.waiting: Callable[[int], None] = lambda done: None
+
+    def _start(self) -> Any:
+        options = self._class.options(
+            num_cpus=self._workers.threads, num_gpus=self._workers.gpus or None, scheduling_strategy="SPREAD"
+        )
+        return options.remote(*self._arguments)
+
+    def open(self, status: Callable[[str], None]) -> tuple[str, str, list[str], int]:
+        """As of `Worker.open`, by all.
+
+        Args:
+            status: told of a cluster that has no place for them now.
+        """
+        results = [actor.open.remote() for actor in self._actors]
+        ready, _ = self._ray.wait(results, num_returns=len(results), timeout=PATIENCE)
+        if len(ready) < len(results):
+            status(f"{len(ready)} of {len(results)} workers have started: the cluster may be in use by others")
+        found: list[tuple[str, str, list[str], int]] = [self.value(result) for result in results]
+        return found[0]
+
+    def look(self, image: Path | str) -> tuple[tuple[int, int], float]:
+        """As of `Worker.look`."""
+        self.waiting = lambda done: None
+        found: tuple[tuple[int, int], float] = self._begun(0, "look", image)
+        return found
+
+    def take(self, image: Path | str, rows: Sequence[range]) -> None:
+        """Have every worker take its rows; as of `Worker.take`."""
+        self._image, self.rows = image, rows
+        results = [actor.take.remote(image, part) for actor, part in zip(self._actors, rows, strict=True)]
+        for shard, result in enumerate(results):
+            try:
+                self.value(result)
+            except Lost:
+                self._begun(shard, "take", image, rows[shard])
+
+    def _begun(self, shard: int, method: str, *arguments: Any) -> Any:
+        """What a worker answers, made anew if it is lost: it had nothing yet."""
+        try:
+            return self.value(getattr(self._actors[shard], method).remote(*arguments))
+        except Lost:
+            self._actors[shard] = self._start()
+            return self.value(getattr(self._actors[shard], method).remote(*arguments))
+
+    def share(self, value: Any) -> Any:
+        return self._ray.put(value)
+
+    def tell(self, shard: int, method: str, *arguments: Any) -> Any:
+        return self._actors[shard].call.remote(method, *arguments)
+
+    def facts(self) -> list[tuple[int, float]]:
+        """As of `Worker.facts`, of those that still know."""
+        found = []
+        for actor in self._actors:
+            with suppress(Lost):
+                found.append(self.value(actor.facts.remote()))
+        return found
+
+    def value(self, result: Any) -> Any:
+        exceptions = self._ray.exceptions
+        try:
+            while not self._ray.wait([result], timeout=EVERY)[0]:
+                self.waiting(self._done())
+            return self._ray.get(result)
+        except exceptions.RayError as error:
+            cause = error.cause if isinstance(error, exceptions.RayTaskError) else error
+            if isinstance(cause, InfexportError):
+                raise cause from None
+            if isinstance(cause, MemoryError):
+                raise InfexportError("a worker has not enough memory", str(cause), MEMORY_HINT) from error
+            text = last_line(error)
+            if "creation task" in str(cause):  # it never was one
+                raise InfexportError("a worker cannot start", text, "is infexport installed on every node?") from error
+            lost = exceptions.RayActorError, exceptions.ObjectLostError, exceptions.WorkerCrashedError
+            if isinstance(cause, (*lost, exceptions.OutOfMemoryError)):
+                raise Lost from error
+            raise InfexportError("a worker failed", scrubbed(text, str(self._image))) from error
+
+    def _done(self) -> int:
+        """Rows that all shards have done; those that do not answer at once, none."""
+        asked = [actor.done.remote() for actor in self._actors]
+        ready, _ = self._ray.wait(asked, num_returns=len(asked), timeout=EVERY)
+        try:
+            return sum(self._ray.get(ready))
+        except self._ray.exceptions.RayError:
+            return 0
+
+    def replace(self, shard: int) -> None:
+        self._ray.kill(self._actors[shard])
+        cores, needed = self._ray.cluster_resources().get("CPU", 0), self.count * self._workers.threads
+        if cores < needed:  # a node is gone: the worker would wait for another
+            raise InfexportError(
+                "the cluster has become too small",
+                f"{self.count} workers of {self._workers.threads} cores each, and {cores:.0f} cores are left",
+                "run it again, with fewer --workers",
+            )
+        self._actors[shard] = self._start()
+        self.value(self._actors[shard].take.remote(self._image, self.rows[shard]))
+
+    def close(self) -> None:
+        # what was fetched is deleted by who did
+        self._ray.wait([actor.leave.remote() for actor in self._actors], num_returns=self.count, timeout=PATIENCE)
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+
+def predict(
+    ray: ModuleType,
+    workers: Workers,
+    bundle: Bundle,
+    options: InferenceOptions,
+    images: Sequence[Path | str],
+    listener: Listener,
+) -> list[Row]:
+    """A row for every image, in their order: each is run by all workers together.
+
+    Args:
+        ray: connected.
+        workers: of the cluster.
+        bundle: which lies at the same path for all.
+        options: of the run; `memory` and `threads` are of each worker.
+        images: files that they can read, or URLs.
+        listener: told of it.
+
+    Raises:
+        InfexportError: the bundle cannot be run at all.
+    """
+    if bundle.manifest.stages is None:
+        raise no_stages()
+    rows: list[Row] = []
+    with closing(RayTeam(ray, workers, bundle, options)) as team:
+        try:
+            provider, precision, notes, chunk = team.open(listener.status)
+        except Lost as error:
+            raise InfexportError("a worker is lost before it began", hint=MEMORY_HINT) from error
+        for note in notes:
+            listener.status(note)
+        listener.running(provider, precision)
+        for index, image in enumerate(images):
+            name = name_of(images, index)
+            try:
+                rows.append(_predict(team, bundle, options, chunk, image, name, listener))
+            except InfexportError as error:
+                rows.append(Failure(name, error))
+            except Lost:
+                rows.append(Failure(name, InfexportError("a worker is lost as often as it begins", hint=MEMORY_HINT)))
+            listener.image(1)
+    return rows
+
+
+def _predict(
+    team: RayTeam,
+    bundle: Bundle,
+    options: InferenceOptions,
+    chunk: int,
+    image: Path | str,
+    name: str,
+    listener: Listener,
+) -> Prediction:
+    grid, padded_share = team.look(image)
+    team.take(image, rows_of(grid, team.count))
+    stages = stages_of(bundle.manifest.stages or (), centrality=False)
+    sharded = Sharded(stages, team, chunk, partial(listener.sweep, name), listener.status)
+    outputs = sharded.run()
+    facts = team.facts()
+    blocks = sum(received for received, _ in facts)
+    listener.status(f"{team.count} workers exchanged {sharded.exchanged:,} bytes of sums and {blocks:,} of tokens")
+    logits, features = outputs["logits"][0], outputs["features"][0]
+    if not np.isfinite(logits).all():
+        raise not_finite(name)
+    kept = f"tokens in memory{' in float16' if options.half else ''}"
+    execution = f"stream, {team.count} shards, {kept}"
+    return Prediction(
+        name, grid, padded_share, logits, features, execution, max((error for _, error in facts), default=0.0)
+    )

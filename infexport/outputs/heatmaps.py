@@ -1,0 +1,253 @@
+"""Centrality over the image it is of, as people see it: in its own aspect, in colours that everyone can tell apart."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infexport.errors import InfexportError
+from infexport.images.decode import DRAWN_BY, Pixels, is_drawn
+from infexport.images.fetch import at_hand
+from infexport.images.preprocess import EvalTransform, transform_of, window
+from infexport.images.strips import open_rows
+from infexport.inference.centrality import Centrality
+from infexport.inference.options import Detail, Size
+from infexport.outputs.files import check_apart, check_folder, drawing_errors, written
+from infexport.system.dependencies import require
+from infexport.system.urls import name_of_url
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from infexport.bundle import Bundle
+    from infexport.inference.prediction import Prediction
+
+OVERVIEW = 1024
+"""Pixels of the longer side of the image below a map, at most."""
+COLOURS = "viridis"
+"""Perceptually uniform, and told apart by the colour-blind."""
+ELSEWHERE = "choose another --heatmaps folder"
+DPI, LAYERS = 150, 4
+"""Dots per inch; layers in a row."""
+GREY = np.array([0.299, 0.587, 0.114])
+ALPHA = 0.6
+"""Of a map over its image."""
+ASPECT = 12
+"""Ratio of sides from which the shorter is drawn larger: it would be a line."""
+
+
+def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
+    """An image of any size, averaged down to at most OVERVIEW pixels a side, and its own height and width.
+
+    Raises:
+        InfexportError: it cannot be read.
+    """
+    rows = open_rows(file)
+    factor = -(-max(rows.height, rows.width) // OVERVIEW)
+    # equal parts, as they are drawn: of a narrow image, a last one of a few pixels would move all others
+    edges, columns = (_edges(side, -(-side // factor)) for side in (rows.height, rows.width))
+    counts = np.diff(columns)[:, None]
+    found = []
+    for start, stop in itertools.pairwise(edges.tolist()):
+        strip = rows.read(start, stop)
+        sums = np.add.reduceat(strip.sum(0, dtype=np.float64), columns[:-1], axis=0)
+        found.append(np.round(sums / (counts * len(strip))).astype(np.uint8))
+    return np.stack(found), (rows.height, rows.width)
+
+
+def _edges(side: int, parts: int) -> NDArray[np.intp]:
+    """Return where each of `parts` parts of a side begins, and the last ends, in whole pixels."""
+    return np.arange(parts + 1) * side // parts
+
+
+def region(
+    image: tuple[int, int],
+    grid: tuple[int, int],
+    patch: int,
+    size: Literal["trained", "native"] | int,
+    transform: EvalTransform,
+) -> tuple[float, float, float, float]:
+    """Where a grid of patches lies on an image: left, right, bottom and top, in its pixels, as matplotlib's extent.
+
+    Args:
+        image: its height and width in pixels.
+        grid: patches, `(height, width)`; completed, they reach beyond the image.
+        patch: side of one, in pixels of the image that was run.
+        size, transform: by which the image was brought to its size.
+    """
+    (top, left), scales = window(image, size, transform)
+    height, width = (side * patch * scale for side, scale in zip(grid, scales, strict=True))
+    return left, left + width, top + height, top
+
+
+def figure_of(
+    centrality: Centrality,
+    pixels: Pixels,
+    image: tuple[int, int],
+    extent: tuple[float, float, float, float],
+    title: str,
+    detail: Detail = "mean",
+) -> Figure:
+    """Maps over the image in grey: one of all layers and heads, with the image beside it, or one of each layer or head.
+
+    Args:
+        centrality: of the image's tokens.
+        pixels: the image, or an overview of it, uint8 `[h, w, 3]`.
+        image: its own height and width in pixels.
+        extent: of the grid, as `region` gives it.
+        title: above it.
+        detail: what a map is of.
+    """
+    from matplotlib.figure import Figure
+
+    maps = _maps(centrality, detail)
+    beside = detail == "mean"
+    columns = 2 if beside else min(len(maps), LAYERS if detail == "layers" else centrality.cells.shape[1])
+    rows, side = -(-len(maps) // columns), 4.5 if beside else 2.4
+    tall, wide = (side * max(length / max(image), 1 / ASPECT) for length in image)
+    # no finer than the panel: what lies between its pixels would not be drawn
+    height, width = (min(length, round(side * DPI / 2)) for length in centrality.grid)
+    figure = Figure((columns * (wide + 0.75), rows * (tall + 0.45) + 0.5), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    if beside:
+        axes[0].imshow(pixels, extent=(0, image[1], image[0], 0))
+        _bare(axes.pop(0), image)
+    grey = np.round(pixels @ GREY).astype(np.uint8)
+    if fine := int(max(grey.shape) // (side * DPI)):
+        grey = grey[::fine, ::fine]  # every panel has a copy
+    for one, (name, cells) in zip(axes, maps, strict=False):
+        values = centrality.raster(cells, (height, width))
+        one.imshow(grey, extent=(0, image[1], image[0], 0), cmap="gray", vmin=0, vmax=255)
+        look: Any = {"cmap": COLOURS, "alpha": ALPHA, "interpolation": "nearest", "vmin": 0, "vmax": _top(values)}
+        bar = figure.colorbar(one.imshow(values, extent=extent, **look), ax=one, shrink=0.85, pad=0.02)
+        bar.ax.tick_params(labelsize=8 if beside else 7)
+        bar.set_label("times the average patch" if beside else "", fontsize=8)
+        one.set_title(name, fontsize=8)
+        _bare(one, image)
+    for one in axes[len(maps) :]:
+        one.remove()
+    return figure
+
+
+def overlay(centrality: Centrality, pixels: Pixels) -> tuple[Pixels, float]:
+    """The map of all layers and heads together over a picture in grey, and its largest value, which is the map's end.
+
+    Args:
+        centrality: of the image's tokens.
+        pixels: all that the grid lies on, of any size, uint8 `[h, w, 3]`.
+    """
+    from matplotlib import colormaps
+
+    ((_, cells),) = _maps(centrality, "mean")
+    values = centrality.raster(cells, (pixels.shape[0], pixels.shape[1]))
+    top = _top(values)
+    colours = colormaps[COLOURS](values / top)[..., :3] * 255
+    mixed = ALPHA * colours + (1 - ALPHA) * (pixels @ GREY)[..., None]
+    return np.round(mixed).astype(np.uint8), top
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same figure.
+
+    Raises:
+        InfexportError: it cannot be written.
+    """
+    with written(file, "heat map", ELSEWHERE) as stream:
+        figure.savefig(stream, format="png", metadata={"Software": DRAWN_BY})
+
+
+class HeatmapWriter:
+    """Draws the heat map of every answer, as `<name>.png` in a folder.
+
+    Args:
+        bundle: of the answers.
+        files: the images, files or URLs.
+        size: as of the run's options.
+        folder: for the pictures.
+        detail: as of `figure_of`.
+
+    Attributes:
+        failed: why a picture was not drawn; the answer is none the worse for it.
+        drawn: number of pictures.
+
+    Raises:
+        InfexportError: the folder cannot be written to, or a picture would replace an image, or a file that is no heat
+            map.
+    """
+
+    def __init__(
+        self, bundle: Bundle, files: Sequence[Path | str], size: Size, folder: Path, detail: Detail = "mean"
+    ) -> None:
+        require("matplotlib", extra="plot")
+        check_folder(folder, "heat map", ELSEWHERE)
+        self._bundle, self._images, self._size, self._detail = bundle, files, size, detail
+        names = names_of([file if isinstance(file, Path) else Path(name_of_url(file)) for file in files])
+        self._pictures = [folder / f"{name}.png" for name in names]
+        check_apart(dict.fromkeys(self._pictures, "heat map"), files, ELSEWHERE)
+        for picture in self._pictures:
+            if os.path.lexists(picture) and not is_drawn(picture):
+                raise InfexportError(f"the heat map would replace a file that is none: {picture}", hint=ELSEWHERE)
+        self.failed: list[InfexportError] = []
+        self.drawn = 0
+
+    def take(self, index: int, answer: Prediction) -> None:
+        """Draw the answer of the image of this index."""
+        try:
+            with drawing_errors(self._pictures[index], "heat map"):
+                self._draw(index, answer)
+            self.drawn += 1
+        except InfexportError as error:
+            self.failed.append(error)
+
+    def _draw(self, index: int, answer: Prediction) -> None:
+        assert answer.centrality is not None, "asked for"
+        (top,) = answer.top_k(1, self._bundle.labels)
+        image = self._images[index]
+        name = Path(answer.file if isinstance(image, Path) else name_of_url(image)).stem
+        title = f"{name}: {top['label']}, {top['probability']:.1%}"
+        with at_hand(image) as file:
+            pixels, sides = overview(file)
+        transform = transform_of(self._bundle.manifest.preprocessing)
+        extent = region(sides, answer.grid, self._bundle.manifest.config["patch_size"], self._size, transform)
+        figure = figure_of(answer.centrality, pixels, sides, extent, title, self._detail)
+        save(figure, self._pictures[index])
+        figure.clear()  # its parts hold each other: Python would look for them only now and then
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """A name without suffix for the picture of every image: its own, with a number where several have it."""
+    names: dict[str, None] = {}  # in order
+    for file in files:
+        others = (f"{file.stem}-{number}" for number in itertools.count(2))
+        names[next(name for name in itertools.chain([file.stem], others) if name not in names)] = None
+    return list(names)
+
+
+def _maps(centrality: Centrality, detail: Detail) -> list[tuple[str, NDArray[Any]]]:
+    """Names and maps `[rows, columns]` of cells, in units of the average patch."""
+    shares, times = centrality.shares, centrality.times_average
+    if detail == "mean":
+        return [("", times(shares.mean((0, 1))))]
+    if detail == "layers":
+        return [(f"layer {layer}", values) for layer, values in enumerate(times(shares.mean(1)))]
+    heads = (((layer, head), values) for layer, of in enumerate(times(shares)) for head, values in enumerate(of))
+    return [(f"layer {layer}, head {head}", values) for (layer, head), values in heads]
+
+
+def _top(values: NDArray[Any]) -> float:
+    return float(values.max()) or 1.0
+
+
+def _bare(axes: Axes, image: tuple[int, int]) -> None:
+    thin = max(image) > ASPECT * min(image)
+    axes.set(xlim=(0, image[1]), ylim=(image[0], 0), xticks=[], yticks=[], aspect="auto" if thin else "equal")
+    if thin:
+        axes.set_xlabel(f"not to scale: the image is {image[1]} x {image[0]} pixels", fontsize=6)
