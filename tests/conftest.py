@@ -7,6 +7,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from click.testing import CliRunner, Result
 from hypothesis import settings
 from PIL import Image
 from safetensors.numpy import load_file
-from support import GOLDEN, ZOO, script
+from support import GOLDEN, ZOO
 
 from infexport.cli import cli
 
@@ -129,33 +130,9 @@ def golden_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
 
 
 @pytest.fixture(scope="session")
-def train_digits() -> ModuleType:
-    """The script that trained the zoo's first models."""
-    return script("train_digits")
-
-
-@pytest.fixture(scope="session")
-def train_canvases() -> ModuleType:
-    """The script that trained those that have something to find."""
-    return script("train_canvases")
-
-
-@pytest.fixture(scope="session")
-def measure_scale() -> ModuleType:
-    """The script that has what workers on one image exchange."""
-    return script("measure_scale")
-
-
-@pytest.fixture(scope="session")
-def soak() -> ModuleType:
-    """The script that looks for what grows."""
-    return script("soak")
-
-
-@pytest.fixture(scope="session")
 def hostile() -> Callable[[str], ModuleType]:
     """A module of the fuzzer: `hostile("cases")`."""
-    return lambda name: script(f"hostile.{name}")
+    return lambda name: importlib.import_module(f"hostile.{name}")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Try what may crash, hang or not be there: `python -m infexport.doctor.worker`, a JSON request on stdin.
 
-A process of its own (`infexport.system.workers`). Nothing but the standard library and our own code is imported before a
+A process of its own (see `system.workers`). Nothing but the standard library and our own code is imported before a
 trial asks for it.
 """
 

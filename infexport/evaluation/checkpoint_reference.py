@@ -14,7 +14,7 @@ from infexport.inference.runners.factory import Opening
 
 
 class CheckpointOpening(Opening):
-    """Opens a checkpoint's network in PyTorch's float32 in place of a bundle's graph: what `infexport.inference.executor` runs then.
+    """Opens a checkpoint's network in PyTorch's float32 in place of a bundle's graph.
 
     Args:
         bundle: whose preprocessing it is given.

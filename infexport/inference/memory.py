@@ -1,7 +1,7 @@
 """How much memory a run takes, before it is run: peak resident bytes of the whole process, on a CPU.
 
 Sums of what is there at the worst moment. How many copies of it there are is ONNX Runtime's affair and was measured
-(docs/streaming.md); `scripts/bench_stream.py` measures it again.
+(docs/streaming.md); `scripts/benchmarks/bench_stream.py` measures it again.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Predictor:
 
     @classmethod
     def of(cls, bundle: Bundle, options: InferenceOptions, opening: Opening | None = None) -> Self:
-        """For a bundle that is open already, and, if given, with what opens other runners (`infexport.inference.executor.Run`)."""
+        """Make a predictor of a bundle that is open already; `opening` as of `executor.Run`."""
         self = cls.__new__(cls)
         self._options, self._digest = options, None
         self._begin(bundle.path.absolute())

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import train_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import ZOO
@@ -22,7 +23,7 @@ RIGHT, ALL = 446, 450
 
 
 @pytest.fixture(scope="module")
-def digits(train_digits, tmp_path_factory):
+def digits(tmp_path_factory):
     """The held-out digits in a folder per class."""
     folder = tmp_path_factory.mktemp("digits")
     _, _, images, labels = train_digits.digits()

@@ -92,7 +92,8 @@ def test_a_size_that_would_take_too_long_is_left_out(infexport, golden_bundle, t
 def wrapped(monkeypatch, code):
     """Workers that run `code` first, with the request in `request`."""
     start = "import io, json, os, resource, runpy, signal, sys\ntext = sys.stdin.read()\nrequest = json.loads(text)\n"
-    end = "\nsys.stdin = io.StringIO(text)\nrunpy.run_module('infexport.evaluation.benchmark.worker', run_name='__main__')"
+    worker = "infexport.evaluation.benchmark.worker"
+    end = f"\nsys.stdin = io.StringIO(text)\nrunpy.run_module({worker!r}, run_name='__main__')"
     monkeypatch.setattr(benchmark, "WORKER", [sys.executable, "-c", start + code + end])
 
 
@@ -196,7 +197,8 @@ def test_the_worker_imports_no_torch(golden_bundle):
     request = json.dumps(
         {"bundle": str(golden_bundle("reference_linear")), "provider": "cpu", "engine": None, "threads": 1}
     )
-    code = "import sys; from infexport.evaluation.benchmark.worker import work; from infexport.system.workers import serve; serve(work)\n"
+    code = "import sys; from infexport.evaluation.benchmark.worker import work\n"
+    code += "from infexport.system.workers import serve; serve(work)\n"
     code += "print([m for m in ('torch', 'onnx', 'infvit', 'infsa_ops') if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"

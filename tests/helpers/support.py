@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,19 +21,11 @@ TINY = {
     )
     for family, variant in (("linear", "linear_infsa"), ("pure", "pure_infsa"), ("softmax", "softmax"))
 }  # fmt: skip
-"""Configs of the families that scripts/bench_peers.py measures."""
+"""Configs of the families that scripts/benchmarks/bench_peers.py measures."""
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ZOO = Path(__file__).parent.parent.parent / "models" / "zoo"
 MODELS = sorted(case["file"] for case in json.loads((GOLDEN / "index.json").read_text()) if case["kind"] == "model")
-
-
-def script(name: str) -> ModuleType:
-    """A script of the project as a module, as it is to another one beside it."""
-    folder = str(ZOO.parent.parent / "scripts")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
 
 
 def relative_error(x: Any, truth: Any) -> float:

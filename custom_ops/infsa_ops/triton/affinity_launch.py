@@ -1,7 +1,8 @@
 """Launching the Triton kernel: which tensors it takes, which blocks, what goes in and what comes out.
 
 No GPU was at hand when this was written: the kernel is right in Triton's interpreter and compiles for sm_80 and sm_90.
-Blocks are chosen by what fits in registers and shared memory, not by timing (`scripts/bench_kernel.py --sweep`).
+Blocks are chosen by what fits in registers and shared memory, not by timing, which is
+`scripts/benchmarks/bench_kernel.py --sweep`.
 """
 
 from __future__ import annotations

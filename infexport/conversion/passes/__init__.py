@@ -27,8 +27,8 @@ def lower(model: ir.Model, precision: str, met: Mapping[str, Inputs] | None = No
     Args:
         model: float32, as it was exported or as it was loaded; every value has a shape.
         precision: `fp16`, `bf16` or `int8`; `fp32` changes nothing.
-        met: what the products of the whole graph met (`infexport.conversion.calibration`): fixes the ranges of int8. None finds
-            them at run time.
+        met: ranges of the whole graph's activations, see `conversion.calibration`, which fix the ranges of int8. None
+            finds them at run time.
         tensorrt: in the forms that TensorRT needs: products of half-precision factors are asked to be summed in float32
             (`accumulate`); int8 has no zero points, so its ranges must be fixed, and the operators of Pure InfSA,
             float32 on CPUs, are in float16.

@@ -1,7 +1,6 @@
 """Build engines and go: `python -m infexport.conversion.tensorrt.build_worker`, a JSON request on stdin.
 
-A process of its own (`infexport.system.workers`), since a crash in the library should be an error there and not the end of
-the caller.
+A process of its own (see `system.workers`): a crash in the library is an error there and not the end of the caller.
 """
 
 from __future__ import annotations

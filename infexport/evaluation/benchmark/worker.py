@@ -1,6 +1,6 @@
 """Measure a bundle at one size and go: `python -m infexport.evaluation.benchmark.worker`, a JSON request on stdin.
 
-A process of its own (`infexport.system.workers`), since cold start and peak memory are a process's, and since a size that
+A process of its own (see `system.workers`), since cold start and peak memory are a process's, and since a size that
 memory does not hold should end no other.
 """
 

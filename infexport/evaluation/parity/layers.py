@@ -317,7 +317,7 @@ class Noise:
 
 
 def _run(layer: Layer, tokens: Tensor, wanted: Collection[str], folded: bool) -> tuple[Tensor, States]:
-    """A layer's output, `[B, N, E]`, and what its operators give on the way, by names of `infexport.conversion.activations`."""
+    """Return a layer's output, `[B, N, E]`, and its operators' outputs, by the names of `conversion.activations`."""
     seen: States = {}
     attention = layer.attn
 

@@ -335,3 +335,15 @@ def _added(parts: Sequence[Sums]) -> Sums:
         for name, value in part.items():
             total[name] = total.get(name, 0.0) + value
     return total
+
+
+def exchanged_bytes(config: Mapping[str, Any], workers: int) -> int:
+    """Bytes of the sums of Linear-InfSA that workers are told and give, whatever the size of the image.
+
+    Per layer and worker the energies, H + E numbers, and the scores', H + H·E, given in float64 and told in float32;
+    the last layer's go to one worker, which alone has the class token: its energies, the head, the answer.
+    """
+    heads, width, depth = (config[name] for name in ("num_heads", "embed_dim", "depth"))
+    energies, scores = heads + width, heads + heads * width
+    layers = workers * (12 * depth * (energies + scores) - 4 * scores)
+    return layers + 8 * energies + 4 * (scores + config["num_classes"] + width)
