@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infexport.bundle.integrity import DIGEST, SEAL, sha256
+from infexport.bundle.engine_record import Engine, EngineRecord
+from infexport.bundle.integrity import sha256
 from infexport.bundle.manifest import (
     FILE,
     LABELS,
@@ -29,7 +30,6 @@ from infexport.system.untrusted_files import json_of, listed, read_small
 
 T = TypeVar("T")
 ENGINES = "engines"
-ENGINE_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Bundle:
         """
         if LABELS not in self.manifest.files:
             return None
-        file, classes = self.path / LABELS, self.manifest.config["num_classes"]
+        file, classes = self.path / LABELS, self.manifest.config.num_classes
         try:
             labels = json_of(read_small(file))
             json.dumps(labels, ensure_ascii=False).encode()  # no halves of surrogate pairs
@@ -92,10 +92,10 @@ class Bundle:
             OSError: one that may not be read.
         """
         record = self.manifest.checkpoint
-        path = Path(record["path"])
+        path = Path(record.path)
         folder = path if path.is_dir() else path.parent
-        files = {name: folder / name for name in record["files"]}
-        return {name: file for name, file in files.items() if not _holds(file, record["files"][name])}
+        files = {name: folder / name for name in record.files}
+        return {name: file for name, file in files.items() if not _holds(file, record.files[name])}
 
     @property
     def sidecars(self) -> list[Path]:
@@ -107,38 +107,34 @@ class Bundle:
         return [file for file in listed(self.path / ENGINES) if file.name.endswith(".engine.json")]
 
     @cached_property
-    def engines(self) -> list[dict[str, Any]]:
-        """The sidecar of every engine, with `file` and `state` added; hashed once for an opened bundle.
-
-        `state` is `current` where the engine is what its sidecar says, built from this very graph; `stale` where the
-        graph is another; `modified` or `missing` where the engine is; `unreadable` where the sidecar is.
+    def engines(self) -> list[Engine]:
+        """Every engine that has a sidecar; hashed once for an opened bundle.
 
         Raises:
             InfexportError: as of `sidecars`.
         """
         return [self._engine(sidecar) for sidecar in self.sidecars]
 
-    def _engine(self, sidecar: Path) -> dict[str, Any]:
+    def _engine(self, sidecar: Path) -> Engine:
         engine = sidecar.with_suffix("")
         try:
-            facts, intact = read_sealed(sidecar)
-        except InfexportError:
-            return {"file": engine.name, "state": "unreadable"}
-        facts = {name: value for name, value in facts.items() if name not in (DIGEST, SEAL)}
-        if not intact or not _is_sidecar(facts):
-            return {"file": engine.name, "state": "unreadable"}
+            fields, intact = read_sealed(sidecar)
+            record = EngineRecord.from_dict(fields) if intact else None
+        except (InfexportError, ValueError):
+            record = None
+        if record is None:
+            return Engine(engine.name, "unreadable", None)
         if not engine.is_file():
-            state = "missing"
-        elif sha256(engine) != facts["sha256"]:
-            state = "modified"
-        else:
-            state = "current" if facts["graph"].items() <= self.manifest.files.items() else "stale"
-        return facts | {"file": engine.name, "state": state}
+            return Engine(engine.name, "missing", record)
+        if sha256(engine) != record.sha256:
+            return Engine(engine.name, "modified", record)
+        is_current = record.graph.items() <= self.manifest.files.items()
+        return Engine(engine.name, "current" if is_current else "stale", record)
 
     def to_dict(self) -> dict[str, Any]:
         """For machines: the manifest, where it lies, what changed, and its engines."""
         state = {"bundle": str(self.path), "verified": self.verified, "changed": list(self.changed)}
-        return state | {"engines": self.engines} | dataclasses.asdict(self.manifest)
+        return state | {"engines": [engine.to_dict() for engine in self.engines]} | self.manifest.to_dict()
 
 
 def _holds(file: Path, digest: str) -> bool:
@@ -146,38 +142,6 @@ def _holds(file: Path, digest: str) -> bool:
         return file.is_file() and sha256(file) == digest
     except FileNotFoundError:  # since
         return False
-
-
-def _is_sidecar(facts: dict[str, Any]) -> bool:
-    """Whether a sidecar says all that the tool relies on, of the right types."""
-    texts = ("target", "compute_capability", "precision", "backend", "backend_version", "sha256")
-    graph, profile, chunk, layers = (facts.get(name) for name in ("graph", "profile", "chunk", "layers"))
-    images = profile.get("image", profile.get("pixels")) if isinstance(profile, dict) else None
-    return (
-        all(isinstance(facts.get(name), str) for name in texts)
-        and isinstance(graph, dict)
-        and any(name.endswith(".onnx") for name in graph)
-        and isinstance(profile, dict)
-        and all(map(_is_range, profile.values()))
-        # of the whole graph it is the images alone
-        and (MODEL not in graph or (len(profile) == 1 and images is not None and len(images[0]) == 4))
-        and facts["precision"] in ENGINE_PRECISIONS
-        and "chunk" in facts
-        and (chunk is None or (type(chunk) is int and chunk > 0))
-        and isinstance(layers, dict)
-        and all(isinstance(types, dict) and _is_shape([*types.values()]) for types in layers.values())
-    )
-
-
-def _is_range(value: Any) -> bool:
-    """Minimum, best and maximum shape."""
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(shape, list) for shape in value):
-        return False
-    return len(set(map(len, value))) == 1 and all(map(_is_shape, value))
-
-
-def _is_shape(value: list[Any]) -> bool:
-    return all(type(size) is int for size in value)
 
 
 def open_bundle(path: Path, verify: bool = True, digest: str | None = None) -> Bundle:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infexport.bundle.integrity import is_sealed, sealed
 from infexport.errors import InfexportError
+from infexport.images.preprocess import Preprocessing
 from infexport.system.untrusted_files import is_plain_name, json_of, read_small
+from infvit.config import InfViTConfig
+from infvit.stage_scope import StageScope
 
 FILE = "infexport.json"
 MODEL = "model.onnx"
@@ -29,16 +33,51 @@ class Stage:
 
     Attributes:
         graph: the file.
-        over: what it is called for, as of `infvit.stages.Sweep`.
+        over: the tokens that it is called for.
         inputs, outputs: names, as the graph has them.
         optional: run only where the centrality of tokens is asked for.
     """
 
     graph: str
-    over: str
+    over: StageScope
     inputs: list[str]
     outputs: list[str]
     optional: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """The checkpoint that a bundle was converted from.
+
+    Attributes:
+        path: the file or folder.
+        files: name → SHA-256 of every file of weights.
+    """
+
+    path: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images that fixed the ranges of activations: their number."""
+
+    images: int
+
+
+@dataclass(frozen=True)
+class NeumannSeries:
+    """The Neumann series of a `pure_infsa` bundle.
+
+    Attributes:
+        terms: T, as computed.
+        a_priori_bound: relative to the values, for any image; None for one term, which truncates nothing.
+        a_posteriori_bound: as measured on noise; None for one term.
+    """
+
+    terms: int
+    a_priori_bound: float | None = None
+    a_posteriori_bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +85,11 @@ class Manifest:
     """What a bundle says of itself.
 
     Attributes:
-        config: the fields of `infvit.InfViTConfig`.
+        config: the network's shape.
         layout: the checkpoint's layout.
         finetuned: False where a softmax ViT's projections were taken and never trained with this attention.
         rho: the discount that was filled in; None where the checkpoint has its own, learned.
-        preprocessing: `mean`, `std` and the evaluation transform (`resize_mode`, `resize_size`, `crop_size`,
-            `interpolation`).
+        preprocessing: normalisation and evaluation transform.
         assumed: what neither the checkpoint nor the user said, and the value taken.
         overridden: sentences, each of a value that was used and of another one that a config of the checkpoint states.
         unread: words of these configs that nothing reads, with their sources.
@@ -59,23 +97,22 @@ class Manifest:
         precision: of the layers that meet every token: `fp32`, `fp16` or `int8`.
         folded: the graph has the exact rewrites of `infvit.fold`.
         parameters: number of weights.
-        neumann: for `pure_infsa`: terms, and bounds of what they leave out where there are several.
-        checkpoint: `path`, and `files`: name → SHA-256 of every file of weights.
+        neumann: for `pure_infsa`; None for the other variants.
+        checkpoint: where the weights came from.
         versions: of the tools that made it.
         files: name → SHA-256 of every file of the bundle but the manifest and the engines.
-        calibration: for `int8` with fixed ranges of activations: the number of `images` that fixed them; None where
-            ranges are found at run time.
+        calibration: for `int8` with fixed ranges of activations; None where ranges are found at run time.
         stages: the graphs of a streamed run, in order; None where the graph is not folded.
         digest: SHA-256 of what the manifest says but for the checkpoint's `path`, and so of all that it has the hashes
             of: the same file, options and versions have the same digest anywhere. Filled in where it is written.
         seal: SHA-256 of every byte of the manifest (`sealed`); filled in where it is written.
     """
 
-    config: dict[str, Any]
+    config: InfViTConfig
     layout: str
     finetuned: bool
     rho: float | None
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     assumed: dict[str, Any]
     overridden: list[str]
     unread: list[str]
@@ -83,12 +120,12 @@ class Manifest:
     precision: str
     folded: bool
     parameters: int
-    neumann: dict[str, Any] | None
-    checkpoint: dict[str, Any]
+    neumann: NeumannSeries | None
+    checkpoint: CheckpointRecord
     versions: dict[str, str]
     files: dict[str, str]
     format: int = FORMAT
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
     stages: list[Stage] | None = None
     digest: str = ""
     seal: str = ""
@@ -97,6 +134,35 @@ class Manifest:
     def graph(self) -> dict[str, str]:
         """The part of `files` an engine is built from."""
         return {name: digest for name, digest in self.files.items() if name.startswith(MODEL)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        values = dataclasses.asdict(self)
+        if self.neumann is not None:
+            values["neumann"] = {name: value for name, value in values["neumann"].items() if value is not None}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """Return the manifest of fields that `_CHECKS` accepts.
+
+        Raises:
+            ValueError: a config that contradicts itself.
+            TypeError: a record with fields that it has not.
+        """
+        records = {
+            "config": InfViTConfig,
+            "preprocessing": Preprocessing,
+            "checkpoint": CheckpointRecord,
+            "neumann": NeumannSeries,
+            "calibration": Calibration,
+        }
+        made: dict[str, Any] = {
+            name: kind(**values[name]) for name, kind in records.items() if values[name] is not None
+        }
+        if values["stages"] is not None:
+            made["stages"] = [Stage(**stage | {"over": StageScope(stage["over"])}) for stage in values["stages"]]
+        return cls(**dict(values) | made)
 
 
 def read_sealed(file: Path) -> tuple[dict[str, Any], bool]:
@@ -142,20 +208,21 @@ def load_manifest(file: Path) -> tuple[Manifest, bool]:
     # what is not among the files is never hashed, and must not be run
     if not wrong and any(stage["graph"] not in values["files"] for stage in values.get("stages") or ()):
         wrong = ["stages"]
-    if wrong:
-        raise InfexportError(
-            f"the manifest is not as infexport wrote it: {file}",
-            f"missing, unknown or not understood: {', '.join(wrong)}",
-            "convert the checkpoint again",
-        )
-    if values.get("stages") is not None:
-        values["stages"] = [Stage(**stage) for stage in values["stages"]]
-    return Manifest(**values), intact
+    if not wrong:
+        try:
+            return Manifest.from_dict(values), intact
+        except (ValueError, TypeError) as error:
+            wrong = [str(error)]
+    raise InfexportError(
+        f"the manifest is not as infexport wrote it: {file}",
+        f"missing, unknown or not understood: {', '.join(wrong)}",
+        "convert the checkpoint again",
+    )
 
 
 def write_manifest(file: Path, manifest: Manifest) -> None:
     """Write it with its digest."""
-    file.write_bytes(sealed(dataclasses.asdict(manifest)))
+    file.write_bytes(sealed(manifest.to_dict()))
 
 
 def _sentences(value: Any) -> bool:
@@ -196,12 +263,12 @@ def _stage(value: Any) -> bool:
     return texts and names("inputs") and names("outputs") and isinstance(value.get("optional", False), bool)
 
 
-_GIVEN = {
-    "nothing": set[str](),
-    "image": {"image", "row", "column", "grid_height", "grid_width"},
-    "tokens": {"query"},
-    "pairs": set[str](),
-    "class_token": set[str](),
+_GIVEN: dict[StageScope, set[str]] = {
+    StageScope.ONCE: set(),
+    StageScope.IMAGE: {"image", "row", "column", "grid_height", "grid_width"},
+    StageScope.TOKENS: {"query"},
+    StageScope.PAIRS: set(),
+    StageScope.CLASS_TOKEN: set(),
 }
 """What a stage is called for → what it is given that no other stage makes."""
 
@@ -220,14 +287,15 @@ def _in_order(stages: list[dict[str, Any]]) -> bool:
     for stage in stages:
         over, inputs, outputs = stage["over"], stage["inputs"], stage["outputs"]
         good = over in _GIVEN and set(inputs) <= made | _GIVEN[over]
-        good = good and (over != "image" or "tokens" in outputs)
-        good = good and (over != "pairs" or inputs[:1] in (["q"], ["k"]))
+        good = good and (over != StageScope.IMAGE or "tokens" in outputs)
+        good = good and (over != StageScope.PAIRS or inputs[:1] in (["q"], ["k"]))
         if not good or ("query" in inputs and not {"q", "query"} & made):
             return False
         made |= set(outputs)
     # the class token, then the patches, and neither again
     overs = [stage["over"] for stage in stages]
-    once = overs[:2] == ["nothing", "image"] and not {"nothing", "image"} & {*overs[2:]}
+    first = [StageScope.ONCE, StageScope.IMAGE]
+    once = overs[:2] == first and not {*first} & {*overs[2:]}
     return once and {"logits", "features"} <= {*stages[-1]["outputs"]}
 
 

@@ -44,16 +44,18 @@ def provenance_of(bundle: Bundle) -> Provenance:
         return [Checked(name, digest, states.get(name, "ok")) for name, digest in recorded.items()]
 
     record, checkpoint = bundle.manifest.checkpoint, _checkpoint_state(bundle)
-    source = [] if checkpoint == "unreadable" else checked(record["files"], bundle.changed_checkpoint)
+    source = [] if checkpoint == "unreadable" else checked(record.files, bundle.changed_checkpoint)
     files = checked(bundle.manifest.files, {name: bundle.path / name for name in bundle.changed})
     for engine in bundle.engines:
-        files.append(Checked(f"{ENGINES}/{engine['file']}", engine.get("sha256"), engine["state"]))
+        files.append(
+            Checked(f"{ENGINES}/{engine.file}", None if engine.record is None else engine.record.sha256, engine.state)
+        )
     return Provenance(checkpoint, source, files)
 
 
 def _checkpoint_state(bundle: Bundle) -> CheckpointState:
     try:
-        if not Path(bundle.manifest.checkpoint["path"]).exists():
+        if not Path(bundle.manifest.checkpoint.path).exists():
             return "gone"
         return "changed" if bundle.changed_checkpoint else "unchanged"
     except OSError:  # the bundle is none the worse for it

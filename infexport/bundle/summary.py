@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from typing import Any
 
@@ -17,30 +18,30 @@ def warnings_of(manifest: Manifest) -> list[str]:
     return [
         *overridden,
         "a softmax ViT's weights, not fine-tuned with this attention: its answers are not yet good "
-        f"(variant {manifest.config['variant']}, layout {manifest.layout})",
+        f"(variant {manifest.config.variant}, layout {manifest.layout})",
     ]
 
 
 def summary_lines(bundle: Bundle) -> list[str]:
     """The bundle's facts, a line each."""
     manifest, config = bundle.manifest, bundle.manifest.config
-    size, patch = config["image_size"], config["patch_size"]
+    size, patch = config.image_size, config.patch_size
     lines = [
         f"bundle      {bundle.path}" + ("" if bundle.verified else f"  (modified: {', '.join(bundle.changed)})"),
-        f"model       {config['variant']}, {manifest.parameters:,} parameters, {config['depth']} layers, "
-        f"embed_dim {config['embed_dim']}, {config['num_heads']} heads, {config['num_classes']} classes",
+        f"model       {config.variant}, {manifest.parameters:,} parameters, {config.depth} layers, "
+        f"embed_dim {config.embed_dim}, {config.num_heads} heads, {config.num_classes} classes",
         f"images      trained at {size}x{size}, patch {patch}; any size that is a multiple of {patch}",
         f"input       {_input(manifest)}",
         f"precision   {_precision(manifest)}{', folded' if manifest.folded else ''}",
         f"digest      {manifest.digest}",
-        f"checkpoint  {manifest.checkpoint['path']} (layout {manifest.layout})",
+        f"checkpoint  {manifest.checkpoint.path} (layout {manifest.layout})",
         f"streaming   {f'{len(manifest.stages)} stages' if manifest.stages else 'no stages: whole images only'}",
     ]
-    if manifest.neumann and manifest.neumann["terms"] > 1:
+    if manifest.neumann and manifest.neumann.terms > 1:
         neumann = manifest.neumann
         lines.append(
-            f"neumann     {neumann['terms']} terms; the rest is at most {neumann['a_priori_bound']:.1e} of the values "
-            f"for any image (a priori), {neumann['a_posteriori_bound']:.1e} on noise (a posteriori)"
+            f"neumann     {neumann.terms} terms; the rest is at most {neumann.a_priori_bound:.1e} of the values "
+            f"for any image (a priori), {neumann.a_posteriori_bound:.1e} on noise (a posteriori)"
         )
     return lines
 
@@ -48,8 +49,8 @@ def summary_lines(bundle: Bundle) -> list[str]:
 def manifest_lines(bundle: Bundle) -> list[str]:
     """What `inspect` shows besides: preprocessing, and what was assumed."""
     manifest = bundle.manifest
-    pixels = {name: value for name, value in manifest.preprocessing.items() if name in ("mean", "std")}
-    transform = {name: value for name, value in manifest.preprocessing.items() if name not in pixels}
+    transform = dataclasses.asdict(manifest.preprocessing)
+    pixels = {name: transform.pop(name) for name in ("mean", "std")}
     lines = [f"pixels      {_facts(pixels)}", f"transform   {_facts(transform)}"]
     if manifest.assumed:
         lines += textwrap.wrap(f"assumed     {_facts(manifest.assumed)}", 116, subsequent_indent=" " * 12)
@@ -67,7 +68,7 @@ def _precision(manifest: Manifest) -> str:
         return manifest.precision
     if manifest.calibration is None:
         return "int8, ranges of activations found at run time, over all images of a batch"
-    return f"int8, ranges of activations fixed by {manifest.calibration['images']} images"
+    return f"int8, ranges of activations fixed by {manifest.calibration.images} images"
 
 
 def _input(manifest: Manifest) -> str:

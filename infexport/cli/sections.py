@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from infexport.bundle import ENGINES, Bundle
+from infexport.bundle.engine_record import Engine, EngineRecord
 from infexport.bundle.manifest import MODEL
 from infexport.bundle.provenance import Provenance
 from infexport.cli.console import Output
@@ -97,22 +97,21 @@ def engines(out: Output, bundle: Bundle) -> None:
     )
     builds: dict[str, set[str]] = {}
     for engine in bundle.engines:
-        if engine["state"] != "unreadable":
-            gpu = engine.get("gpu")
-            where = f"on {gpu['name']}" if isinstance(gpu, dict) and "name" in gpu else "without a GPU"
-            library = f"{engine['backend']} {engine['backend_version']}, {where}"
-            builds.setdefault(library, set()).add(f"{engine['target']}-{engine['precision']}")
+        if engine.record is not None:
+            gpu = engine.record.gpu
+            library = f"{engine.record.library}, {'without a GPU' if gpu is None else f'on {gpu.name}'}"
+            builds.setdefault(library, set()).add(engine.record.set_name)
     for library, names in builds.items():
         out.data(f"built by    {library}: {', '.join(sorted(names))}")
 
 
-def _cells(bundle: Bundle, engine: Mapping[str, Any]) -> list[str]:
-    file = bundle.path / ENGINES / engine["file"]
+def _cells(bundle: Bundle, engine: Engine) -> list[str]:
+    file, record = bundle.path / ENGINES / engine.file, engine.record
     size = f"{file.stat().st_size / 1e6:.1f}" if file.is_file() else "-"
-    cells = [engine["file"], _state(engine["state"]), size]
-    if engine["state"] == "unreadable":
+    cells = [engine.file, _state(engine.state), size]
+    if record is None:
         return [*cells, "-", "-", "-"]
-    return [*cells, f"{engine['target']} ({engine['compute_capability']})", engine["precision"], _takes(engine)]
+    return [*cells, f"{record.target} ({record.compute_capability})", record.precision, _takes(record)]
 
 
 def _how_to_build(bundle: Bundle) -> str:
@@ -121,12 +120,12 @@ def _how_to_build(bundle: Bundle) -> str:
     return f"build one, for an A100 say: infexport build-engine {bundle.path} --target a100"
 
 
-def _takes(engine: Mapping[str, Any]) -> str:
-    """What an engine can be given, from its profile."""
-    if MODEL not in engine["graph"]:
-        return f"stream: {engine['chunk']} tokens at a time"
-    (shapes,) = engine["profile"].values()
-    rows, columns = (1, 2) if "image" in engine["profile"] else (2, 3)
+def _takes(engine: EngineRecord) -> str:
+    """Return the images that an engine takes, from its profile."""
+    if MODEL not in engine.graph:
+        return f"stream: {engine.chunk} tokens at a time"
+    (shapes,) = engine.profile.values()
+    rows, columns = (1, 2) if "image" in engine.profile else (2, 3)
     sizes = " / ".join(f"{shape[rows]}x{shape[columns]}" for shape in shapes)
     return f"whole: {sizes}, batch {' / '.join(str(shape[0]) for shape in shapes)}"
 

@@ -17,14 +17,14 @@ from infexport.conversion.passes.graph_editor import Editor
 from infexport.conversion.passes.token_matmuls import find_products
 from infexport.errors import InfexportError
 from infexport.images.decode import read_image
-from infexport.images.preprocess import fit, normalise, transform_of
+from infexport.images.preprocess import Preprocessing, fit, normalise
 from infexport.inference.runners.onnxruntime import session_of
 
 
 def batches(
     files: Sequence[Path],
     patch: int,
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     takes: str,
     progress: Callable[[int], None],
 ) -> Iterator[NDArray[Any]]:
@@ -33,7 +33,7 @@ def batches(
     Raises:
         InfexportError: one that cannot be read.
     """
-    transform = transform_of(preprocessing)
+    transform = preprocessing.transform
     for file in files:
         image = fit(read_image(file), patch, "trained", transform, "pad").pixels[None]
         yield image if takes == "uint8" else normalise(image, preprocessing)

@@ -21,7 +21,16 @@ from torch.export import Dim
 
 from infexport.bundle import Bundle, create_bundle, open_bundle, seal
 from infexport.bundle.integrity import sha256
-from infexport.bundle.manifest import CENTRALITY_MODEL, LABELS, MODEL, Manifest, Stage
+from infexport.bundle.manifest import (
+    CENTRALITY_MODEL,
+    LABELS,
+    MODEL,
+    Calibration,
+    CheckpointRecord,
+    Manifest,
+    NeumannSeries,
+    Stage,
+)
 from infexport.conversion.activations import add_centrality, name_operators, tokens_names, with_outputs
 from infexport.conversion.calibration import batches, calibrate
 from infexport.conversion.image_model import ImageModel
@@ -31,6 +40,7 @@ from infexport.conversion.passes import Inputs, Unrepresentable, lower
 from infexport.conversion.stages import export_stages
 from infexport.conversion.weights import Beside
 from infexport.errors import InfexportError
+from infexport.images.preprocess import Preprocessing
 from infexport.inference.centrality import CENTRALITY
 from infexport.system.untrusted_files import json_of, read_small
 from infsa_ops.neumann_kernel import bounds
@@ -124,7 +134,7 @@ def convert(
             text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
             (folder / LABELS).write_text(text + "\n", encoding="utf-8")
         exported = fold(network) if options.fold else network
-        model = ImageModel(exported, preprocessing["mean"], preprocessing["std"], options.input, options.fold).eval()
+        model = ImageModel(exported, preprocessing.mean, preprocessing.std, options.input, options.fold).eval()
         status("exporting to ONNX")
         images = batches(options.calibrate, network.config.patch_size, preprocessing, options.input, progress)
         met, beside = _write_whole(model, folder / MODEL, options.precision, images if options.calibrate else None)
@@ -133,7 +143,7 @@ def convert(
             stages = beside.save_stages(_lowered_stages(model, options.precision, met))
         status("hashing")
         manifest = Manifest(
-            config=network.config.to_dict(),
+            config=network.config,
             layout=checkpoint.layout,
             finetuned=checkpoint.finetuned,
             rho=checkpoint.rho,
@@ -147,10 +157,10 @@ def convert(
             parameters=sum(p.numel() for p in network.parameters()),
             neumann=neumann,
             # not resolved: a link's own name is what its folder's listing shows
-            checkpoint={"path": str(path.absolute()), "files": {f.name: sha256(f) for f in checkpoint.files}},
+            checkpoint=CheckpointRecord(str(path.absolute()), {f.name: sha256(f) for f in checkpoint.files}),
             versions=_versions(),
             files={},  # seal fills it in
-            calibration={"images": len(options.calibrate)} if options.calibrate else None,
+            calibration=Calibration(len(options.calibrate)) if options.calibrate else None,
             stages=stages,
         )
         seal(folder, manifest)
@@ -217,7 +227,7 @@ def _name_of(weight: NDArray[Any], model: ImageModel) -> str:
     return "a product of several"
 
 
-def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | None:
+def _fix_terms(network: InfViT, options: ConvertOptions) -> NeumannSeries | None:
     """Decide T from the options, set it on the network, and say what it leaves out."""
     if network.config.variant != "pure_infsa":
         if options.neumann_tol is not None:
@@ -239,8 +249,8 @@ def _fix_terms(network: InfViT, options: ConvertOptions) -> dict[str, Any] | Non
         )
     network.set_neumann_terms(terms)
     if terms == 1:
-        return {"terms": 1}  # what the reference package computes and trains with: nothing is truncated
-    return {"terms": terms, **measure_truncation(network)}
+        return NeumannSeries(1)  # what the reference package computes and trains with: nothing is truncated
+    return NeumannSeries(terms, **measure_truncation(network))
 
 
 def _terms_for(rho: float, tolerance: float) -> int:
@@ -252,7 +262,7 @@ def _terms_for(rho: float, tolerance: float) -> int:
         ) from error
 
 
-def _preprocessing(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+def _preprocessing(checkpoint: Checkpoint) -> tuple[Preprocessing, dict[str, Any]]:
     size, found = checkpoint.config.image_size, checkpoint.preprocessing
     default = {
         "mean": IMAGENET_MEAN,
@@ -263,7 +273,7 @@ def _preprocessing(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, An
         "interpolation": "bicubic",
     }
     assumed = {name: value for name, value in default.items() if name not in found}
-    return default | found, dict(checkpoint.assumed) | assumed
+    return Preprocessing(**default | found), dict(checkpoint.assumed) | assumed
 
 
 def _read_labels(file: Path) -> list[Any] | dict[str, Any]:

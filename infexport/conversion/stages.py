@@ -16,6 +16,7 @@ from infexport.bundle.manifest import Stage
 from infexport.conversion.image_model import ImageModel
 from infexport.conversion.onnx_export import MAX_GRID, attach_bodies, program_of, quiet
 from infexport.inference.centrality import CENTRALITY
+from infvit.stage_scope import StageScope
 from infvit.stages import Score, Sweep, sweeps
 
 
@@ -115,11 +116,11 @@ def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor,
             return torch.zeros(1, heads), {}
         if name == "moment":  # of queries, or of tokens
             return torch.zeros(1, heads, config.head_dim if isinstance(sweep, Score) else width), {}
-        if name == "query" or sweep.over == "class_token":
+        if name == "query" or sweep.over is StageScope.CLASS_TOKEN:
             return torch.zeros(1, 1, width), {}
         if name == CENTRALITY:
             return torch.zeros(1, 5, heads), {1: keys}
-        if sweep.over == "pairs" and name != sweep.inputs[0]:
+        if sweep.over.is_pairwise and name != sweep.inputs[0]:
             return torch.zeros(1, 5, width), {1: keys}
         return torch.zeros(1, 7, width), {1: chunk}
 

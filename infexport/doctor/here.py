@@ -12,7 +12,7 @@ from pathlib import Path
 
 from infexport.doctor.check import Check, told
 from infexport.doctor.facts import Facts, versions
-from infexport.system import host as machine
+from infexport.system import host
 from infexport.system.dependencies import parse, version_of
 
 GIB = 2**30
@@ -51,8 +51,8 @@ def itself(facts: Facts) -> list[Check]:
 
 
 def cores(facts: Facts) -> list[Check]:
-    usable, there, quota = machine.usable_cores(), os.cpu_count() or 1, machine.core_quota()
-    found = f"{usable} of {there} usable, {machine.cpu_model()}"
+    usable, there, quota = host.usable_cores(), os.cpu_count() or 1, host.core_quota()
+    found = f"{usable} of {there} usable, {host.cpu_model()}"
     if quota is None or quota >= usable:
         return [Check("cores", "yes", found)]
     threads = max(1, int(quota))
@@ -61,7 +61,7 @@ def cores(facts: Facts) -> list[Check]:
 
 
 def int8(facts: Facts) -> list[Check]:
-    if machine.has_int8_products():
+    if host.has_int8_products():
         return [Check("int8", "yes", "dot products of 8 bits (VNNI or alike)")]
     found = "no dot products of 8 bits (VNNI): int8 is right here, but slow"
     advice = "use a processor that has them, or a bundle in fp32"
@@ -69,8 +69,8 @@ def int8(facts: Facts) -> list[Check]:
 
 
 def memory(facts: Facts) -> list[Check]:
-    free, limit = machine.available_memory(), machine.memory_limit()
-    found = f"{free / GIB:.1f} GiB of {machine.physical_memory() / GIB:.1f} GiB available"
+    free, limit = host.available_memory(), host.memory_limit()
+    found = f"{free / GIB:.1f} GiB of {host.physical_memory() / GIB:.1f} GiB available"
     if limit is not None:
         found += f", the control group's limit is {limit / GIB:.1f} GiB"
     if free >= NEEDED:
@@ -81,7 +81,7 @@ def memory(facts: Facts) -> list[Check]:
 
 
 def folders(facts: Facts) -> list[Check]:
-    checks = [_folder("cache", machine.cache_folder, "export XDG_CACHE_HOME=FOLDER")]
+    checks = [_folder("cache", host.cache_folder, "export XDG_CACHE_HOME=FOLDER")]
     checks += [_folder("temporary", lambda: Path(tempfile.gettempdir()), "export TMPDIR=FOLDER")]
     return [*checks, _folder("here", Path.cwd, "cd FOLDER")]
 

@@ -30,9 +30,7 @@ class CheckpointOpening(Opening):
         super().__init__(bundle, "cpu")
         preprocessing = bundle.manifest.preprocessing
         self.path = path
-        self._network = TorchRunner(
-            load_recorded(path, bundle), preprocessing["mean"], preprocessing["std"], torch.float32
-        )
+        self._network = TorchRunner(load_recorded(path, bundle), preprocessing.mean, preprocessing.std, torch.float32)
 
     def runner(self, placed: bool = False) -> Deployed:
         return self._network

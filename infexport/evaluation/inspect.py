@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from infexport.inference.runners.factory import Opening
 from infexport.inference.runners.onnxruntime import OrtRunner, Port
 from infexport.inference.streaming import CHUNK
 from infexport.system.dependencies import require
+from infvit.config import InfViTConfig
 
 SIDES = (224, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 """Sides of the images that are weighed by default, in pixels, besides the trained one."""
@@ -37,28 +38,28 @@ class Part:
         return self.each * self.times
 
 
-def parts_of(config: Mapping[str, Any]) -> list[Part]:
+def parts_of(config: InfViTConfig) -> list[Part]:
     """All parameters, from the pixels on; layers are equal.
 
     Args:
         config: the fields of `infvit.InfViTConfig`, as a manifest records them.
     """
-    width, hidden, depth = config["embed_dim"], config["mlp_dim"], config["depth"]
-    square, bias = width**2 + width, config.get("qkv_bias", True)
-    attention = 3 * (width**2 + width * bias) + square * (2 if config.get("attention_dense") else 1)
-    if config["variant"] != "softmax":
-        attention += config["num_heads"] if config.get("rho_per_head") else 1
+    width, hidden, depth = config.embed_dim, config.mlp_dim, config.depth
+    square, bias = width**2 + width, config.qkv_bias
+    attention = 3 * (width**2 + width * bias) + square * (2 if config.attention_dense else 1)
+    if config.variant != "softmax":
+        attention += config.num_heads if config.rho_per_head else 1
     parts = [
-        Part("patch embedding", (3 * config["patch_size"] ** 2 + 1) * width),
+        Part("patch embedding", (3 * config.patch_size**2 + 1) * width),
         Part("class token", width),
-        Part("positions", ((config["image_size"] // config["patch_size"]) ** 2 + 1) * width),
+        Part("positions", ((config.image_size // config.patch_size) ** 2 + 1) * width),
         Part("layer: attention", attention, depth),
         Part("layer: MLP", 2 * width * hidden + hidden + width, depth),
         Part("layer: norms", 4 * width, depth),
         Part("last norm", 2 * width),
-        Part("head", (width + 1) * config["num_classes"]),
+        Part("head", (width + 1) * config.num_classes),
     ]
-    if config.get("pooler"):
+    if config.pooler:
         parts.insert(-1, Part("pooler", square))
     return parts
 
@@ -94,7 +95,7 @@ def resolutions(bundle: Bundle, sizes: Sequence[tuple[int, int]] | None, limit: 
         limit: bytes that the process may take.
     """
     config = bundle.manifest.config
-    patch, trained = config["patch_size"], config["image_size"]
+    patch, trained = config.patch_size, config.image_size
     if sizes is None:
         sizes = [(side, side) for side in (*(() if trained in SIDES else (trained,)), *SIDES)]
     whole = [(-(-height // patch) * patch, -(-width // patch) * patch) for height, width in sizes]
@@ -103,7 +104,7 @@ def resolutions(bundle: Bundle, sizes: Sequence[tuple[int, int]] | None, limit: 
 
 def _resolution(bundle: Bundle, height: int, width: int, limit: int) -> Resolution:
     manifest, config = bundle.manifest, bundle.manifest.config
-    tokens = height * width // config["patch_size"] ** 2 + 1
+    tokens = height * width // config.patch_size**2 + 1
     work = work_of(config, manifest.folded, tokens)
     options, image = InferenceOptions(), Image(tokens, width)
     auto: Way | None

@@ -16,7 +16,7 @@ def recorded_checkpoint(bundle: Bundle) -> Path:
     Raises:
         InfexportError: it is gone, or it changed.
     """
-    path = Path(bundle.manifest.checkpoint["path"])
+    path = Path(bundle.manifest.checkpoint.path)
     hint = "name the checkpoint to judge by: --checkpoint CKPT"
     if not path.exists():
         raise InfexportError("the recorded checkpoint is gone", f"expected it at {path}", hint)
@@ -33,17 +33,17 @@ def load_recorded(path: Path, bundle: Bundle) -> Checkpoint:
     """
     config = bundle.manifest.config
     untold = ("variant", "num_heads", "norm_eps", "neumann_terms", "rho_per_head")  # by the tensors' shapes
-    told = {name: config[name] for name in untold if name in config} | {"rho": bundle.manifest.rho}
+    told = {name: getattr(config, name) for name in untold} | {"rho": bundle.manifest.rho}
     try:
         checkpoint = load_checkpoint(path, config=told)
     except CheckpointError as error:
         raise InfexportError(error.summary, error.details, error.hint) from error
-    theirs = checkpoint.config.to_dict()
-    differing = [name for name in theirs if theirs[name] != config.get(name)]
+    theirs, ours = checkpoint.config.to_dict(), config.to_dict()
+    differing = [name for name in theirs if theirs[name] != ours[name]]
     if differing:
         raise InfexportError(
             f"the checkpoint is of another network: {path}",
-            "\n".join(f"{name}: checkpoint {theirs[name]}, bundle {config.get(name)}" for name in differing),
+            "\n".join(f"{name}: checkpoint {theirs[name]}, bundle {ours[name]}" for name in differing),
             "name the checkpoint the bundle was converted from, or one of the same shape",
         )
     return checkpoint

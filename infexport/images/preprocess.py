@@ -1,8 +1,9 @@
 """The evaluation transform, and images brought to whole patches."""
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,18 +43,31 @@ class EvalTransform:
         resize = round(self.resize_size * size / self.crop_size)
         return replace(self, crop_size=size, resize_size=max(1, resize))
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "EvalTransform":
-        """The transform of a manifest's fields.
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Preprocessing that a bundle records.
+
+    Attributes:
+        mean, std: of pixels in [0, 1], a number per channel.
+        resize_mode, resize_size, crop_size, interpolation: as of `EvalTransform`.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    resize_mode: ResizeMode
+    resize_size: int
+    crop_size: int
+    interpolation: Interpolation
+
+    @property
+    def transform(self) -> EvalTransform:
+        """The evaluation transform.
 
         Raises:
-            InfexportError: a missing or unexpected key, or a value out of range.
+            InfexportError: a field that it does not take.
         """
-        expected = {field.name for field in fields(cls)}
-        if set(data) != expected:
-            missing, extra = sorted(expected - set(data)), sorted(set(data) - expected)
-            raise _bad_transform(f"missing {missing}, unexpected {extra}", f"the keys {sorted(expected)}")
-        return cls(**data)
+        return EvalTransform(self.resize_mode, self.resize_size, self.crop_size, self.interpolation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +78,10 @@ class Fitted:
     padded_share: float  # replicated pixels / all pixels, in [0, 1)
 
 
-def transform_of(preprocessing: dict[str, Any]) -> EvalTransform:
-    """The evaluation transform a bundle's manifest records."""
-    return EvalTransform.from_dict({f.name: preprocessing.get(f.name) for f in fields(EvalTransform)})
-
-
-def normalise(images: NDArray[np.uint8], preprocessing: dict[str, Any]) -> NDArray[np.float32]:
-    """Normalised pixels `[B, 3, H, W]` of images `[B, H, W, 3]`, as the graph does it for uint8 input."""
-    mean = np.asarray(preprocessing["mean"], np.float32)
-    std = np.asarray(preprocessing["std"], np.float32)
+def normalise(images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Return normalised pixels `[B, 3, H, W]` of images `[B, H, W, 3]`, as the graph does it for uint8 input."""
+    mean = np.asarray(preprocessing.mean, np.float32)
+    std = np.asarray(preprocessing.std, np.float32)
     pixels = (images.astype(np.float32) / 255 - mean) / std
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 

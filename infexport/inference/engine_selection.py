@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from infexport.bundle import Bundle
+from infexport.bundle.engine_record import Engine, EngineRecord, EngineState
 from infexport.bundle.manifest import MODEL
 from infexport.errors import InfexportError
 from infexport.inference.tensorrt_libraries import BACKENDS
@@ -23,47 +24,52 @@ class EngineSet:
     Attributes:
         name: `<target>-<precision>`.
         kind: what they run.
-        engines: graph → the sidecar of its engine, as of `Bundle.engines`.
+        engines: graph → its engine.
     """
 
     name: str
     kind: Kind
-    engines: Mapping[str, dict[str, Any]]
+    engines: Mapping[str, Engine]
+
+    @property
+    def first(self) -> EngineRecord:
+        """The record of one of the engines, which were built together."""
+        return next(iter(self.engines.values())).recorded
 
     @property
     def precision(self) -> str:
-        return next(iter(self.engines.values()))["precision"]
+        return self.first.precision
 
     @property
     def backend(self) -> str:
-        return next(iter(self.engines.values()))["backend"]
+        return self.first.backend
 
     @property
     def chunk(self) -> int | None:
         """Tokens at a time, at most, where they stream."""
-        return next(iter(self.engines.values()))["chunk"]
+        return self.first.chunk
 
 
 def sets_of(bundle: Bundle, kind: Kind) -> list[EngineSet]:
     """All sets of a kind that are complete and as their sidecars say, built from this very bundle."""
     needed = [MODEL] if kind == "whole" else [stage.graph for stage in bundle.manifest.stages or ()]
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, Engine]] = {}
     for engine in bundle.engines:
-        if engine["state"] == "current":
-            graphs = [graph for graph in engine["graph"] if graph.endswith(".onnx")]
-            found.setdefault(f"{engine['target']}-{engine['precision']}", {}).update({graphs[0]: engine})
+        if engine.state == "current":
+            graphs = [graph for graph in engine.recorded.graph if graph.endswith(".onnx")]
+            found.setdefault(engine.recorded.set_name, {}).update({graphs[0]: engine})
     sets = [
         EngineSet(name, kind, {graph: engines[graph] for graph in needed})
         for name, engines in found.items()
         if needed and all(graph in engines for graph in needed)
     ]
     # those of two builds may not fit together; only hands can have put them side by side
-    return [each for each in sets if len({_build_of(engine) for engine in each.engines.values()}) == 1]
+    return [each for each in sets if len({_build_of(engine.recorded) for engine in each.engines.values()}) == 1]
 
 
-def _build_of(engine: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What is the same for all engines of a build."""
-    return tuple(engine[name] for name in ("backend", "backend_version", "compute_capability", "chunk"))
+def _build_of(engine: EngineRecord) -> tuple[str, str, int | None]:
+    """Return what is the same for all engines of a build."""
+    return engine.library, engine.compute_capability, engine.chunk
 
 
 def choose(bundle: Bundle, kind: Kind, name: str | None = None, gpu: Gpu | None = None) -> EngineSet:
@@ -97,8 +103,8 @@ def choose(bundle: Bundle, kind: Kind, name: str | None = None, gpu: Gpu | None 
         )
     reasons = [f"{each.name}: {refusal(each, gpu)}" for each in sets]
     for engine in bundle.engines:
-        if engine["state"] != "current":
-            reasons.append(f"{engine['file']}: {STATES[engine['state']]}")
+        if engine.state != "current":
+            reasons.append(f"{engine.file}: {STATES[engine.state]}")
     precision = name.rpartition("-")[2] if name else "fp16"
     what = "engine" if kind == "whole" else "set of engines to stream through"
     raise InfexportError(
@@ -115,7 +121,7 @@ def build_command(bundle: Path, precision: str, kind: Kind) -> str:
     return f"infexport build-engine {bundle} --target local --precision {precision}{images}{stream}"
 
 
-STATES = {
+STATES: dict[EngineState, str] = {
     "stale": "built from another graph than the bundle's",
     "modified": "the engine is not what its sidecar says",
     "missing": "the engine is missing",
@@ -125,12 +131,12 @@ STATES = {
 
 def refusal(engines: EngineSet, gpu: Gpu) -> str:
     """Why a set cannot run here, on a GPU; empty where it can."""
-    facts = next(iter(engines.engines.values()))
-    if facts["compute_capability"] != gpu.capability:
-        return f"built for compute capability {facts['compute_capability']}, this GPU has {gpu.capability}"
-    if facts["backend"] not in BACKENDS:
-        return f"built with {facts['backend']}, which this infexport does not know"
-    version = BACKENDS[facts["backend"]].version()
-    if version != facts["backend_version"]:
-        return f"built with {facts['backend']} {facts['backend_version']}, installed is {version or 'none'}"
+    engine = engines.first
+    if engine.compute_capability != gpu.capability:
+        return f"built for compute capability {engine.compute_capability}, this GPU has {gpu.capability}"
+    if engine.backend not in BACKENDS:
+        return f"built with {engine.backend}, which this infexport does not know"
+    version = BACKENDS[engine.backend].version()
+    if version != engine.backend_version:
+        return f"built with {engine.library}, installed is {version or 'none'}"
     return ""

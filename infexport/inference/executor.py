@@ -20,7 +20,7 @@ from infexport.bundle.manifest import check_outside_bundles
 from infexport.errors import InfexportError
 from infexport.images.decode import Pixels, pixels_of, read_image
 from infexport.images.fetch import Item, at_hand, is_url, named, shown
-from infexport.images.preprocess import Fitted, fit, resized, transform_of
+from infexport.images.preprocess import Fitted, fit, resized
 from infexport.images.strips import ArrayRows, Rows, Source, files_of, open_rows
 from infexport.inference.centrality import CENTRALITY, of_tokens
 from infexport.inference.options import InferenceOptions
@@ -197,8 +197,8 @@ class _Call:
         self._run, self._bundle, self._options, self._listener = run, run.bundle, run.options, _Heard(listener)
         self._keep_centrality = keep_centrality
         self._images, self._rows = list(images), dict[int, Row]()
-        self._transform = transform_of(run.bundle.manifest.preprocessing)
-        self._patch = run.bundle.manifest.config["patch_size"]
+        self._transform = run.bundle.manifest.preprocessing.transform
+        self._patch = run.bundle.manifest.config.patch_size
         self._on_gpu = run.on_gpu(self._listener)
         self._chunk = run.opening.chunk(run.options.chunk)
         self._room = run.options.memory or usual_memory()
@@ -429,8 +429,8 @@ def source_of(image: Path | Pixels, bundle: Bundle, options: InferenceOptions) -
     if options.size == "native":
         rows = open_rows(image) if isinstance(image, Path) else ArrayRows(image)
     else:
-        rows = ArrayRows(resized(_pixels(image), options.size, transform_of(bundle.manifest.preprocessing)))
-    return Source(rows, bundle.manifest.config["patch_size"], options.edge)
+        rows = ArrayRows(resized(_pixels(image), options.size, bundle.manifest.preprocessing.transform))
+    return Source(rows, bundle.manifest.config.patch_size, options.edge)
 
 
 def _pixels(image: Path | Pixels) -> Pixels:

@@ -10,8 +10,9 @@ import numpy as np
 
 from infexport.bundle.manifest import Manifest
 from infexport.inference.centrality import CENTRALITY, MOST_NUMBERS
-from infexport.inference.streaming.driver import PAIR_CHUNKS, layout_of, stages_of
+from infexport.inference.streaming.driver import layout_of, stages_of
 from infexport.inference.streaming.token_store import dtype_of
+from infvit.stage_scope import StageScope
 
 PROCESS = 105_000_000
 """Python with numpy, Pillow, libvips and ONNX Runtime."""
@@ -26,10 +27,10 @@ def _activations(manifest: Manifest) -> int:
     """Of a token, where a layer is widest: around the GELU, with some rows of E beside it, and its patch."""
     config = manifest.config
     hidden, beside = (4 * F32, 5) if manifest.precision != "int8" else (3 * F32 + 1, 4)
-    beside += 2 if config["variant"] == "pure_infsa" else 0
-    patch = 3 * config["patch_size"] ** 2
+    beside += 2 if config.variant == "pure_infsa" else 0
+    patch = 3 * config.patch_size**2
     # pixels as they are, and as float32 before and after they are put in patches
-    return hidden * config["mlp_dim"] + beside * F32 * config["embed_dim"] + (1 + 2 * F32) * patch
+    return hidden * config.mlp_dim + beside * F32 * config.embed_dim + (1 + 2 * F32) * patch
 
 
 def whole(manifest: Manifest, weights: int, tokens: int, batch: int = 1) -> int:
@@ -61,19 +62,19 @@ def streamed(
     config = manifest.config
     assert manifest.stages is not None, "the caller checks that there are stages"
     stages = stages_of(manifest.stages, centrality)
-    chunk, embed = min(chunk, tokens), config["embed_dim"]
+    chunk, embed = min(chunk, tokens), config.embed_dim
     # of the largest stage, `apply`: output projection, MLP, and what the next layer gathers
-    projections = 3 if config["variant"] == "linear_infsa" else 4
-    weights = F32 * (projections * embed**2 + 2 * embed * config["mlp_dim"])
+    projections = 3 if config.variant == "linear_infsa" else 4
+    weights = F32 * (projections * embed**2 + 2 * embed * config.mlp_dim)
     if manifest.precision == "int8":
         weights //= 2  # a quarter, but for what is applied once per image
     passing = chunk * _activations(manifest) * 27 // 20  # the arenas of two stages overlap
-    if any(stage.over == "pairs" for stage in stages):
+    if any(stage.over.is_pairwise for stage in stages):
         # queries, keys, values, their heads apart, and the product; read from disk, once more
-        passing += min(PAIR_CHUNKS * chunk, tokens) * embed * F32 * (11 if on_disk else 8)
-    rows = max(config["patch_size"], chunk * config["patch_size"] ** 2 // width)
+        passing += min(StageScope.PAIRS.max_rows(chunk), tokens) * embed * F32 * (11 if on_disk else 8)
+    rows = max(config.patch_size, chunk * config.patch_size**2 // width)
     strips = 3 * width * (4 * rows + TILE_ROWS)
-    maps = F32 * min(tokens * config["depth"] * config["num_heads"], MOST_NUMBERS) * centrality
+    maps = F32 * min(tokens * config.depth * config.num_heads, MOST_NUMBERS) * centrality
     stored = 0 if on_disk else kept(manifest, tokens, chunk, half, False, centrality)
     return PROCESS + weights + passing + strips + stored + 2 * maps
 
@@ -84,7 +85,7 @@ def kept(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool,
     assert manifest.stages is not None, "the caller checks that there are stages"
     stages, total = stages_of(manifest.stages, centrality), 0
     for name, spare in layout_of(stages, range(tokens), chunk, on_disk, centrality).spare.items():
-        columns = config["num_heads" if name == CENTRALITY else "embed_dim"]
+        columns = config.num_heads if name == CENTRALITY else config.embed_dim
         total += (tokens + spare) * columns * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
     return total
 
@@ -96,7 +97,7 @@ def drawing(manifest: Manifest, detail: str) -> int:
         manifest: of the bundle.
         detail: as of `heatmaps.figure_of`.
     """
-    depth, heads = manifest.config["depth"], manifest.config["num_heads"]
+    depth, heads = manifest.config.depth, manifest.config.num_heads
     panels = {"mean": 2, "layers": depth, "heads": depth * heads}[detail]
     side = 450  # pixels of a panel with what is around it, 3 inches
     return max(DRAWING, DRAWING // 2 + panels * (PANEL + CANVAS * side**2))

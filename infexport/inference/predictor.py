@@ -179,7 +179,7 @@ class Predictor:
                 hint="rename them before, such as to true_label",
             )
         config = self.bundle.manifest.config
-        columns = columns_of(self.predict(images), self.bundle.labels, config["num_classes"], config["embed_dim"])
+        columns = columns_of(self.predict(images), self.bundle.labels, config.num_classes, config.embed_dim)
         return {**columns, **others}
 
 

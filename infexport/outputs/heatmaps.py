@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from infexport.errors import InfexportError
 from infexport.images.decode import DRAWN_BY, Pixels, is_drawn
 from infexport.images.fetch import at_hand
-from infexport.images.preprocess import EvalTransform, transform_of, window
+from infexport.images.preprocess import EvalTransform, window
 from infexport.images.strips import open_rows
 from infexport.inference.centrality import Centrality
 from infexport.inference.options import Detail, Size
@@ -215,8 +215,8 @@ class HeatmapWriter:
         title = f"{name}: {top['label']}, {top['probability']:.1%}"
         with at_hand(image) as file:
             pixels, sides = overview(file)
-        transform = transform_of(self._bundle.manifest.preprocessing)
-        extent = region(sides, answer.grid, self._bundle.manifest.config["patch_size"], self._size, transform)
+        transform = self._bundle.manifest.preprocessing.transform
+        extent = region(sides, answer.grid, self._bundle.manifest.config.patch_size, self._size, transform)
         figure = figure_of(answer.centrality, pixels, sides, extent, title, self._detail)
         save(figure, self._pictures[index])
         figure.clear()  # its parts hold each other: Python would look for them only now and then

@@ -20,7 +20,7 @@ the first token: `query`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,22 +40,19 @@ from infvit.fold import (
 from infvit.network import Attention, InfViT, Layer
 from infvit.positions import cubic_weights, resample
 from infvit.rewrite import is_plain
-
-Over = Literal["image", "nothing", "tokens", "pairs", "class_token"]
+from infvit.stage_scope import StageScope
 
 
 class Sweep(nn.Module):
     """One of the modules; `forward` takes `inputs` and returns a tuple of `outputs`.
 
     Attributes:
-        over: `image`, strips of it; `nothing`, called once, with no inputs, for the class token; `tokens`, chunk by
-            chunk; `pairs`, a chunk of the first input with every chunk of the other tokens, what it gives of a token
-            added; `class_token`, the first alone.
+        over: the tokens that it is called for.
         inputs, outputs: names, in order.
         optional: only for the centrality of tokens.
     """
 
-    over: Over = "tokens"
+    over = StageScope.TOKENS
     optional = False
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
@@ -118,7 +115,7 @@ class Embed(Sweep):
         normalise: a strip as it lies in the image to what the network's patch embedding takes.
     """
 
-    over = "image"
+    over = StageScope.IMAGE
     inputs = ("image", "row", "column", "grid_height", "grid_width")
 
     def __init__(self, network: InfViT, layer: Layer, normalise: nn.Module) -> None:
@@ -145,7 +142,7 @@ class Embed(Sweep):
 class Start(Sweep):
     """The class token, `[1, 1, E]`, and what the first layer gathers of it."""
 
-    over = "nothing"
+    over = StageScope.ONCE
     inputs = ()
 
     def __init__(self, network: InfViT, layer: Layer) -> None:
@@ -177,7 +174,7 @@ class Score(Sweep):
 class Attend(Sweep):
     """A block of queries and keys of Pure InfSA: its share of A V and of ‖A‖²_F."""
 
-    over = "pairs"
+    over = StageScope.PAIRS
     inputs: tuple[str, ...] = ("q", "k", "v")
     outputs: tuple[str, ...] = _MIXED
 
@@ -285,7 +282,7 @@ class Apply(Sweep):
 class Head(Sweep):
     """The class token through the last layer and the head."""
 
-    over = "class_token"
+    over = StageScope.CLASS_TOKEN
     outputs = ("logits", "features")
 
     def __init__(self, network: InfViT, layer: Layer) -> None:

@@ -44,9 +44,9 @@ A digit of 24×24 pixels somewhere on a textured canvas, attention `{variant}`: 
 {rows}
 
 Trained in {seconds:.0f} s on 2 CPU cores by `python models/zoo/train_canvases.py {variant}`; `training.json` has the
-whole recipe, `config.json` the labels and the preprocessing. Data: scikit-learn's `load_digits` (UCI Optical Recognition
-of Handwritten Digits, CC BY 4.0). Some held-out canvases are in [`canvases-held-out`](../canvases-held-out), with the
-digits' places in `canvases.csv`.
+whole recipe, `config.json` the labels and the preprocessing. Data: scikit-learn's `load_digits` (UCI Optical
+Recognition of Handwritten Digits, CC BY 4.0). Some held-out canvases are in
+[`canvases-held-out`](../canvases-held-out), with the digits' places in `canvases.csv`.
 
     infexport convert checkpoint models/zoo/{name} --output bundle
     infexport run-engine bundle models/zoo/canvases-held-out/128 --size native --heatmaps heatmaps

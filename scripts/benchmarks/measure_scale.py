@@ -126,7 +126,7 @@ def rounds(bundle: Bundle, folder: Path, counts: Sequence[int] = (1, 2, 4, 8, 16
     """As of `Rounds.seconds`, by the number of workers, all on the cores of this machine: a row of patches each."""
     found = {}
     image = folder / "small.png"
-    patch = bundle.manifest.config["patch_size"]
+    patch = bundle.manifest.config.patch_size
     Image.fromarray(np.zeros((patch * max(counts), patch, 3), np.uint8)).save(image)
     options = InferenceOptions(execution="stream", memory=2**30, size="native")
     with connected("local") as ray:

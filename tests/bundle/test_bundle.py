@@ -100,7 +100,7 @@ def refused(file, opening):
 
 def test_any_byte_of_a_manifest_is_noticed(bundle, monkeypatch):
     """All of them, in turn: what is in a string, a number, a name, a hash, the digest, or between them."""
-    monkeypatch.setattr("infexport.bundle._holds", lambda file, digest: True)
+    monkeypatch.setattr("infexport.bundle.bundle._holds", lambda file, digest: True)
     file = bundle / "infexport.json"
     whole = file.read_bytes()
     for at in range(len(whole)):

@@ -267,9 +267,9 @@ def test_no_pytorch_is_for_where_there_is_none(infexport, bundle, few, monkeypat
     assert "the recorded checkpoint is gone" in told
     assert "--no-pytorch" in told
 
-    from infexport.system import dependencies as extras
+    from infexport.system import dependencies
 
-    monkeypatch.setattr(extras, "installed", lambda module: module not in ("torch", "safetensors"))
+    monkeypatch.setattr(dependencies, "installed", lambda module: module not in ("torch", "safetensors"))
     told = infexport("validate", "accuracy", bundle, few, exit_code=2).stderr
     assert "this needs torch" in told
     assert "--no-pytorch" in told

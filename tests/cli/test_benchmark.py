@@ -15,8 +15,7 @@ from PIL import Image
 from infexport.evaluation.benchmark import benchmark, gemm
 from infexport.evaluation.benchmark.result import Spread, limit_of
 from infexport.evaluation.flops import Work
-from infexport.system import host as machine
-from infexport.system import workers as processes
+from infexport.system import host, workers
 
 
 def report_of(infexport, bundle, *arguments, exit_code=0):
@@ -32,8 +31,8 @@ def test_the_report(name, infexport, golden_bundle):
     assert report["graph"]["model.onnx"] == manifest["files"]["model.onnx"]
     assert (report["variant"], report["precision"], report["folded"]) == (manifest["config"]["variant"], "fp32", True)
     assert report["machine"] == {
-        "cpu": machine.cpu_model(),
-        "cores": machine.usable_cores(),
+        "cpu": host.cpu_model(),
+        "cores": host.usable_cores(),
         "threads": 2,
         "provider": "cpu",
         "runtime": f"onnxruntime {onnxruntime.__version__}",
@@ -64,7 +63,7 @@ def test_what_a_person_sees(infexport, golden_bundle, tmp_path):
     plot = tmp_path / "new" / "scaling.png"
     bundle = golden_bundle("reference_linear")
     result = infexport("benchmark", bundle, "--sizes", "32,48,32", "--repeats", 1, "--plot", plot)
-    for words in ("GFLOP/s", "onnxruntime 1.", "linear_infsa, fp32, folded, batch 1", "share", machine.cpu_model()):
+    for words in ("GFLOP/s", "onnxruntime 1.", "linear_infsa, fp32, folded, batch 1", "share", host.cpu_model()):
         assert words in result.stdout
     assert [line.split()[:2] for line in result.stdout.splitlines()[-2:]] == [["32²", "17"], ["48²", "37"]]
     assert "48²: at least" in result.stderr
@@ -148,10 +147,10 @@ def test_an_interrupt_leaves_no_process(monkeypatch):
         raise KeyboardInterrupt
 
     wrapped(monkeypatch, "print('{}', flush=True)\nsignal.pause()")
-    monkeypatch.setattr(processes.subprocess, "Popen", Popen)
-    monkeypatch.setattr(processes.json, "loads", interrupt)
+    monkeypatch.setattr(workers.subprocess, "Popen", Popen)
+    monkeypatch.setattr(workers.json, "loads", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        processes.ask(benchmark.WORKER, {})
+        workers.ask(benchmark.WORKER, {})
     assert [worker.returncode for worker in started] == [-signal.SIGKILL]
 
 
@@ -174,9 +173,9 @@ def test_wrong_usage(arguments, words, infexport, golden_bundle):
 
 
 def test_a_missing_matplotlib_is_named_before_anything_is_measured(infexport, golden_bundle, monkeypatch):
-    from infexport.system import dependencies as extras
+    from infexport.system import dependencies
 
-    monkeypatch.setattr(extras, "installed", lambda module: module != "matplotlib")
+    monkeypatch.setattr(dependencies, "installed", lambda module: module != "matplotlib")
     result = infexport("benchmark", golden_bundle("reference_linear"), "--plot", "a.png", exit_code=2)
     assert "pip install 'infexport[plot]'" in result.stderr
     assert "measuring" not in result.stderr

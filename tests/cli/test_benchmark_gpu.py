@@ -9,9 +9,8 @@ from fake_nvml import FakeNvml, install
 from PIL import Image
 
 from infexport.errors import InfexportError
-from infexport.evaluation.benchmark import benchmark, gemm
-from infexport.evaluation.benchmark import worker as benchmark_worker
-from infexport.inference.runners import onnxruntime as ort
+from infexport.evaluation.benchmark import benchmark, gemm, worker
+from infexport.inference.runners import onnxruntime
 
 WATTS = 250
 
@@ -72,8 +71,8 @@ def machine(monkeypatch):
     """The machine; `machine.runs_on(provider, precision)` says what `Opening` opens."""
     machine = Machine()
     install(monkeypatch, machine)
-    monkeypatch.setattr(benchmark_worker, "time", machine)
-    monkeypatch.setattr(benchmark_worker, "Gemm", FakeGemm)
+    monkeypatch.setattr(worker, "time", machine)
+    monkeypatch.setattr(worker, "Gemm", FakeGemm)
     monkeypatch.setattr(FakeGemm, "made", [])
 
     def ask(command, request, heard=lambda message: None):
@@ -85,12 +84,12 @@ def machine(monkeypatch):
             answer.update(message)
             heard(message)
 
-        benchmark_worker.work(json.loads(json.dumps(request)), tell)
+        worker.work(json.loads(json.dumps(request)), tell)
         return answer
 
     def runs_on(provider, precision):
         opening = SimpleNamespace(runner=lambda: FakeRunner(machine, provider, precision))
-        monkeypatch.setattr(benchmark_worker, "Opening", lambda *arguments: opening)
+        monkeypatch.setattr(worker, "Opening", lambda *arguments: opening)
 
     monkeypatch.setattr(benchmark, "ask", ask)
     machine.runs_on = runs_on
@@ -265,5 +264,5 @@ def test_a_product_that_gets_no_gpu(monkeypatch):
 
 
 def test_float32_on_a_gpu_is_not_rounded_to_tf32():
-    assert ort.with_options("cuda") == ("CUDAExecutionProvider", {"use_tf32": "0"})
-    assert ort.with_options("cpu") == "CPUExecutionProvider"
+    assert onnxruntime.with_options("cuda") == ("CUDAExecutionProvider", {"use_tf32": "0"})
+    assert onnxruntime.with_options("cpu") == "CPUExecutionProvider"

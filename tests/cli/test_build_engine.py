@@ -17,6 +17,7 @@ from infexport.bundle.manifest import read_manifest
 from infexport.conversion.tensorrt import build as engines
 from infvit.config import SIZES
 from infvit.network import InfViT
+from infvit.stage_scope import StageScope
 
 PRECISIONS = ["fp32", "fp16", "bf16", "int8"]
 
@@ -196,12 +197,12 @@ def test_tf32_is_asked_for_and_named(infexport, bundle, cache):
 @pytest.mark.parametrize("tf32", [True, False])
 def test_tf32_is_off_unless_asked_for(tf32, monkeypatch, tmp_path):
     """In the very config that the library is given."""
-    from infexport.conversion.tensorrt import build_worker as engine_worker
+    from infexport.conversion.tensorrt import build_worker
     from infexport.inference.tensorrt_libraries import BACKENDS
 
     target = {"name": "a100", "capability": "8.0", "memory": None}
     request = {"backend": "tensorrt-rtx", "target": target, "tf32": tf32, "memory": None, "gpu": None}
-    builder = engine_worker.Builder(request | {"caches": str(tmp_path)}, lambda message: None)
+    builder = build_worker.Builder(request | {"caches": str(tmp_path)}, lambda message: None)
     config = builder._config(None, {})
     assert config.get_flag(BACKENDS["tensorrt-rtx"].load().BuilderFlag.TF32) is tf32
 
@@ -297,7 +298,7 @@ def test_9216_squared_fits_once_and_not_twice(tmp_path):
 def paper_manifest():
     from types import SimpleNamespace
 
-    stages = [SimpleNamespace(graph="apply", over="tokens")]
+    stages = [SimpleNamespace(graph="apply", over=StageScope.TOKENS)]
     return SimpleNamespace(config=SIZES["infvit_linear_4l"].to_dict(), input="uint8", stages=stages)
 
 
@@ -330,12 +331,14 @@ def test_blocks_of_pairs_are_larger_than_a_chunk():
 
     from infexport.conversion.tensorrt.profiles import check_stages, peak
     from infexport.errors import InfexportError
-    from infexport.inference.streaming.driver import PAIR_CHUNKS
     from infexport.system.gpus import target_of
 
-    stages = [SimpleNamespace(graph="attend", over="pairs"), SimpleNamespace(graph="apply", over="tokens")]
+    stages = [
+        SimpleNamespace(graph="attend", over=StageScope.PAIRS),
+        SimpleNamespace(graph="apply", over=StageScope.TOKENS),
+    ]
     manifest = SimpleNamespace(config=SIZES["infvit_pure_4l"].to_dict(), input="uint8", stages=stages)
-    needed = peak(manifest, 0, 1, PAIR_CHUNKS * 8192) + peak(manifest, 0, 1, 8192)
+    needed = peak(manifest, 0, 1, StageScope.PAIRS.max_rows(8192)) + peak(manifest, 0, 1, 8192)
     check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed)
     with pytest.raises(InfexportError, match="--chunk 8192 is too large"):
         check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed - 1)

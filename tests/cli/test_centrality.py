@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import ZOO
 
-from infexport.evaluation.centrality import check as centrality
+from infexport.evaluation.centrality import check
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +79,15 @@ def test_images_and_one_that_cannot_be_read(infexport, digits, tmp_path):
 
 
 def test_a_walk_of_another_chain_is_no(infexport, digits, monkeypatch):
-    simulate = centrality.simulate
-    monkeypatch.setattr(centrality, "simulate", lambda q, k, rho, *rest: simulate(q, k, 0.97 * rho, *rest))
+    simulate = check.simulate
+    monkeypatch.setattr(check, "simulate", lambda q, k, rho, *rest: simulate(q, k, 0.97 * rho, *rest))
     result = infexport("validate", "centrality", digits / "linear", "--layers", "3", exit_code=1)
     assert "FAILED: the walk" in result.stdout
     assert result.stdout.endswith("centrality FAILED\n")
 
 
 def test_an_eigenvector_that_was_not_found_is_no(infexport, digits, monkeypatch):
-    monkeypatch.setattr(centrality, "MAX_STEPS", 3)
+    monkeypatch.setattr(check, "MAX_STEPS", 3)
     arguments = ("validate", "centrality", digits / "linear", "--layers", "0", "--walkers", "1000")
     assert "FAILED: residual" in infexport(*arguments, exit_code=1).stdout
 
@@ -109,7 +109,7 @@ def test_heads_without_affinities(infexport, digits, tmp_path):
 
 
 def test_a_long_run_is_told_of(infexport, digits, monkeypatch):
-    monkeypatch.setattr(centrality, "PAIRS_PER_SECOND", 1.0)
+    monkeypatch.setattr(check, "PAIRS_PER_SECOND", 1.0)
     arguments = ("validate", "centrality", digits / "linear", "--layers", "0", "--walkers", "1000")
     assert "4 heads of 17 tokens take about 19 minutes" in infexport(*arguments).stderr
 

@@ -75,9 +75,9 @@ def test_inspect_shows_what_a_bundle_holds(infexport, golden_bundle):
 
 
 def test_a_missing_extra_is_named(infexport, monkeypatch, tmp_path):
-    from infexport.system import dependencies as extras
+    from infexport.system import dependencies
 
-    monkeypatch.setattr(extras, "installed", lambda module: module != "torch")
+    monkeypatch.setattr(dependencies, "installed", lambda module: module != "torch")
     result = infexport("convert", "checkpoint", "model.pth", "-o", tmp_path / "b", exit_code=2)
     assert "this needs torch" in result.stderr
     assert "pip install 'infexport[export]'" in result.stderr

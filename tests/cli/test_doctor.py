@@ -19,10 +19,8 @@ from infexport.doctor.facts import Facts
 from infexport.doctor.product import product
 from infexport.doctor.trials import Outcome, Started, outcomes
 from infexport.errors import InfexportError
-from infexport.system import dependencies as requirements
+from infexport.system import dependencies, host, workers
 from infexport.system import gpus as targets
-from infexport.system import host as machine
-from infexport.system import workers as processes
 from infexport.system.dependencies import MODULES, parse, version_of, wanted
 from infexport.system.gpus import Gpu
 
@@ -68,7 +66,7 @@ def has(monkeypatch):
                 raise PackageNotFoundError(name)
             return known[name]
 
-        monkeypatch.setattr(requirements.importlib.metadata, "version", version)
+        monkeypatch.setattr(dependencies.importlib.metadata, "version", version)
 
     return set_versions
 
@@ -282,7 +280,7 @@ def test_no_folder_for_what_is_temporary(monkeypatch):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
     monkeypatch.setattr(here.tempfile, "gettempdir", nowhere)
-    monkeypatch.setattr(processes.tempfile, "TemporaryFile", nowhere)
+    monkeypatch.setattr(workers.tempfile, "TemporaryFile", nowhere)
     check = checks_of(Tried())["temporary folder"]
     assert check.state == "broken"
     assert "TMPDIR" in check.remedy
@@ -294,7 +292,7 @@ def test_what_a_control_group_grants(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text(f"{2**29}\n")
     (tmp_path / "memory.current").write_text(f"{2**28}\n")
     (tmp_path / "memory.stat").write_text("inactive_file 0\n")
-    monkeypatch.setattr(machine, "GROUP", tmp_path)
+    monkeypatch.setattr(host, "GROUP", tmp_path)
     checks = checks_of(Tried())
     assert checks["cores"].remedy == "export OMP_NUM_THREADS=1"
     assert checks["memory"].state == "no"
@@ -351,9 +349,9 @@ def test_the_model_that_providers_run():
 
 def test_a_program_that_is_late():
     with pytest.raises(TimeoutError):
-        processes.output_of(["sleep", "60"], 0.1)
-    assert processes.output_of(["sh", "-c", "echo out; echo err >&2; exit 3"], 10) == (3, "out\n", "err\n")
+        workers.output_of(["sleep", "60"], 0.1)
+    assert workers.output_of(["sh", "-c", "echo out; echo err >&2; exit 3"], 10) == (3, "out\n", "err\n")
     with pytest.raises(InfexportError, match=r"no answer within 0\.5 s"):
-        processes.ask(["sh", "-c", "sleep 60 & sleep 60"], {}, limit=0.5)
+        workers.ask(["sh", "-c", "sleep 60 & sleep 60"], {}, limit=0.5)
     with pytest.raises(InfexportError, match=r"no answer within 0\.5 s"):
-        processes.ask(["sh", "-c", "exec >&-; sleep 60"], {}, limit=0.5)
+        workers.ask(["sh", "-c", "exec >&-; sleep 60"], {}, limit=0.5)

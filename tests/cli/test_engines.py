@@ -17,9 +17,8 @@ from infexport import Predictor
 from infexport.bundle import open_bundle
 from infexport.bundle.integrity import sealed
 from infexport.conversion.tensorrt.precision import Lowering
-from infexport.inference import engine_selection as engines
-from infexport.inference import tensorrt_libraries as backends
-from infexport.inference.runners import factory as opening
+from infexport.inference import engine_selection, tensorrt_libraries
+from infexport.inference.runners import factory
 from infexport.inference.tensorrt_libraries import TensorRTRTX
 from infexport.system.gpus import Gpu
 
@@ -136,7 +135,7 @@ def gpu(tmp_path, monkeypatch):
     scratch.mkdir()
     fake = FakeGpu(tmp_path / "b", scratch)
     library = fake.module()
-    for module in (engines, opening):
+    for module in (engine_selection, factory):
         monkeypatch.setattr(module, "local_gpu", lambda: A100)
     monkeypatch.setattr(TensorRTRTX, "load", lambda self: library)
     monkeypatch.setattr(TensorRTRTX, "context", lambda self, engine, key, stack: engine)
@@ -412,10 +411,10 @@ def test_no_such_engine(infexport, folder, gpu, pictures):
 
 def test_a_cache_of_kernels_that_cannot_be_written_is_no_error(tmp_path):
     cache = SimpleNamespace(serialize=lambda: b"kernels")
-    backends.write_cache(tmp_path / "a" / "b.cache", cache)
+    tensorrt_libraries.write_cache(tmp_path / "a" / "b.cache", cache)
     assert (tmp_path / "a" / "b.cache").read_bytes() == b"kernels"
     (tmp_path / "file").touch()
-    backends.write_cache(tmp_path / "file" / "b.cache", cache)
+    tensorrt_libraries.write_cache(tmp_path / "file" / "b.cache", cache)
 
 
 @pytest.mark.parametrize("known", [True, False])

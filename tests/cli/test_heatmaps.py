@@ -17,7 +17,7 @@ from support import ZOO, relative_error
 from infexport.bundle.integrity import sealed
 from infexport.evaluation.synthetic_images import synthetic_image
 from infexport.images.preprocess import EvalTransform
-from infexport.inference import centrality as centrality_module
+from infexport.inference import centrality
 from infexport.inference.centrality import Centrality
 from infexport.outputs import heatmaps
 
@@ -76,7 +76,7 @@ def test_the_brightest_place_is_the_digit_s(name, execution, infexport, zoo_bund
 
 def test_cells_are_drawn_where_their_patches_are(infexport, zoo_bundle, tmp_path, monkeypatch):
     """The picture and the npz of an image whose grid is no multiple of the step: 16 patches in 6 cells of 3."""
-    monkeypatch.setattr(centrality_module, "MOST_NUMBERS", 4 * 4 * 6 * 6)
+    monkeypatch.setattr(centrality, "MOST_NUMBERS", 4 * 4 * 6 * 6)
     file = max((file for file in DIGITS if file.startswith("128/")), key=lambda file: int(DIGITS[file]["left"]))
     options = ("--heatmaps", tmp_path / "maps", "--centrality", "-o", tmp_path / "out.npz", "--execution", "stream")
     infexport("run-engine", zoo_bundle("canvases-linear"), HELD_OUT / file, *NATIVE, *options)

@@ -20,25 +20,29 @@ from infexport.conversion.tensorrt.profiles import check_stages, check_whole, pe
 from infexport.errors import InfexportError
 from infexport.inference.runners.tensorrt import EngineSession
 from infexport.system.gpus import TARGETS, Target
+from infvit.stage_scope import StageScope
 
 PACKAGE = Path(infexport.__file__).parent
 PARITY, ACCURACY, CENTRALITY = "validate parity", "validate accuracy", "validate centrality"
 COMMANDS = {
-    "profiles": ["build-engine"],
-    "engine": ["build-engine"],
-    "engine_worker": ["build-engine"],
-    "engines": ["run-engine", PARITY, ACCURACY, "benchmark", "inspect"],
-    "runners/trt": ["run-engine", ACCURACY],  # others give engines no more tokens than these were built for
-    "runners/ort": ["run-engine", PARITY, ACCURACY, "benchmark"],
-    "runners/torch": [PARITY, ACCURACY],
-    "recorded": [PARITY, ACCURACY, CENTRALITY],
-    "centrality_check": [CENTRALITY],
-    "tracing": [PARITY],
-    "validate": [PARITY],
-    "report/page": [PARITY],
-    "labelled": [ACCURACY],
-    "evaluate": [ACCURACY],
-    "cli/accuracy": [ACCURACY],
+    "conversion/tensorrt/profiles": ["build-engine"],
+    "conversion/tensorrt/build": ["build-engine"],
+    "conversion/tensorrt/build_worker": ["build-engine"],
+    "inference/engine_selection": ["run-engine", PARITY, ACCURACY, "benchmark", "inspect"],
+    "inference/runners/tensorrt": [
+        "run-engine",
+        ACCURACY,
+    ],  # others give engines no more tokens than these were built for
+    "inference/runners/onnxruntime": ["run-engine", PARITY, ACCURACY, "benchmark"],
+    "evaluation/pytorch_reference": [PARITY, ACCURACY],
+    "evaluation/recorded_checkpoint": [PARITY, ACCURACY, CENTRALITY],
+    "evaluation/centrality/check": [CENTRALITY],
+    "evaluation/parity/tracing": [PARITY],
+    "evaluation/parity/validate": [PARITY],
+    "evaluation/report/page": [PARITY],
+    "evaluation/accuracy/dataset": [ACCURACY],
+    "evaluation/accuracy/evaluate": [ACCURACY],
+    "cli/commands/accuracy": [ACCURACY],
 }
 """Modules, and the commands in which their errors are met."""
 
@@ -91,7 +95,8 @@ def manifests(draw):
         "variant": draw(st.sampled_from(["linear_infsa", "pure_infsa"])),
     }
     overs = ["image", "tokens", "nothing", *(["pairs"] if config["variant"] == "pure_infsa" else [])]
-    stages = [SimpleNamespace(graph=over, over=over) for over in overs]
+    config = SimpleNamespace(**config)
+    stages = [SimpleNamespace(graph=over, over=StageScope(over)) for over in overs]
     return SimpleNamespace(config=config, input="uint8", stages=draw(st.sampled_from([stages, None])))
 
 
@@ -129,7 +134,7 @@ MEMORY = st.none() | st.integers(2**20, 2**38)
     batches=st.lists(st.integers(1, 64), min_size=1, max_size=3),
 )
 def test_what_is_hinted_for_a_whole_graph_is_accepted(manifest, memory, room, weights, sides, batches):
-    patch, batches = manifest.config["patch_size"], sorted(batches)
+    patch, batches = manifest.config.patch_size, sorted(batches)
     sizes = [(height * patch, width * patch) for height, width in sides]
     disorder = hint_of(profile_of, manifest, sizes, batches)
     profile = profile_of(manifest, applied(disorder)["--sizes"] if disorder else sizes, batches)
@@ -172,7 +177,9 @@ def test_what_is_hinted_for_stages_is_accepted(manifest, memory, room, weights, 
 
 def test_no_chunk_is_hinted_that_was_refused():
     config = {"embed_dim": 8, "mlp_dim": 8, "patch_size": 8, "num_heads": 1, "variant": "linear_infsa"}
-    manifest = SimpleNamespace(config=config, stages=[SimpleNamespace(graph="a", over="tokens")])
+    manifest = SimpleNamespace(
+        config=SimpleNamespace(**config), stages=[SimpleNamespace(graph="a", over=StageScope.TOKENS)]
+    )
     with pytest.raises(InfexportError, match="--chunk 1 is too large") as refused:
         check_stages(manifest, 1, TARGETS["t4"], weights=2**34)
     assert "a chunk that fits" not in refused.value.hint
@@ -183,7 +190,7 @@ def test_no_chunk_is_hinted_that_was_refused():
     ("sizes", "batches"), [([(8, 16), (33, 40), (64, 64)], None), ([(64, 8), (8, 64)], None), (None, [4, 2, 8])]
 )
 def test_a_profile_in_disorder_names_one_in_order(sizes, batches):
-    manifest = SimpleNamespace(config={"image_size": 64, "patch_size": 8})
+    manifest = SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8))
     with pytest.raises(InfexportError) as refused:
         profile_of(manifest, sizes, batches)
     found = applied(refused.value.hint)
@@ -208,7 +215,7 @@ def test_an_engine_that_is_to_be_built_takes_what_was_given(shapes, name, stages
         whole, _, stream = hint.partition("; or for images of any size: ")
         assert stream.endswith("--execution stream") == stages
         found = applied(whole)
-        manifest = SimpleNamespace(config={"image_size": 64, "patch_size": 8})
+        manifest = SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8))
         profile = profile_of(manifest, found["--sizes"], found["--batch"])
         takes = "uint8" if name == "image" else "float32"
         session._facts = facts | {"profile": profile.shapes(takes)}
@@ -244,14 +251,14 @@ def test_a_build_that_fails_names_the_options_of_its_kind(options, tmp_path):
 
 
 def test_a_plan_says_which_options_make_it_smaller(monkeypatch, tmp_path):
-    from infexport.conversion.tensorrt import build as engine
+    from infexport.conversion.tensorrt import build
 
     asked = {}
-    monkeypatch.setattr(engine, "ask", lambda worker, request, heard: asked.update(request) or {"version": "1"})
+    monkeypatch.setattr(build, "ask", lambda worker, request, heard: asked.update(request) or {"version": "1"})
     manifest = SimpleNamespace(files={})
-    profile = profile_of(SimpleNamespace(config={"image_size": 64, "patch_size": 8}), None, None)
-    plan = engine.Plan(TARGETS["a100"], SimpleNamespace(name="tensorrt"), "fp32", "whole", profile, None)
+    profile = profile_of(SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8)), None, None)
+    plan = build.Plan(TARGETS["a100"], SimpleNamespace(name="tensorrt"), "fp32", "whole", profile, None)
     for execution, option in (("whole", "--sizes"), ("stream", "--chunk")):
         bundle = SimpleNamespace(path=tmp_path, manifest=manifest)
-        engine._build(bundle, dataclasses.replace(plan, execution=execution), [], tmp_path, engine.Listener())
+        build._build(bundle, dataclasses.replace(plan, execution=execution), [], tmp_path, build.Listener())
         assert option in asked["options"]

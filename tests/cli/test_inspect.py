@@ -13,12 +13,12 @@ from support import GOLDEN
 from infexport.bundle import open_bundle
 from infexport.bundle.integrity import sealed, sha256
 from infexport.cli.sections import _takes
-from infexport.evaluation import inspect as anatomy
+from infexport.evaluation import inspect
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import Image, estimates
-from infexport.inference.streaming import token_store as stores
+from infexport.inference.streaming import token_store
 from infexport.inference.streaming.token_store import FileStore
-from infexport.system import dependencies as extras
+from infexport.system import dependencies
 from infvit.config import SIZES
 from infvit.network import InfViT
 
@@ -107,7 +107,7 @@ def test_the_parts_are_all_parameters(name, changes):
     config = dataclasses.replace(SIZES[name], **changes)
     with torch.device("meta"):
         network = InfViT(config)
-    parts = {part.name: part for part in anatomy.parts_of(config.to_dict())}
+    parts = {part.name: part for part in inspect.parts_of(config.to_dict())}
     layer, count = network.encoder.layers[0], lambda module: sum(each.numel() for each in module.parameters())
     assert parts["layer: attention"].each == count(layer.attn)
     assert parts["layer: MLP"].each == count(layer.ff)
@@ -121,10 +121,10 @@ def test_multiply_adds_by_hand(name, folded, golden_bundle):
     opened = open_bundle(golden_bundle(name))
     opened = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, folded=folded))
     config = opened.manifest.config
-    width, patch, layers = config["embed_dim"], config["patch_size"], config["depth"]
-    (found,) = anatomy.resolutions(opened, [(patch * 5, patch * 7)], GIB)
+    width, patch, layers = config.embed_dim, config.patch_size, config.depth
+    (found,) = inspect.resolutions(opened, [(patch * 5, patch * 7)], GIB)
     tokens = 5 * 7 + 1
-    square, mlp, pairs = tokens * width**2, 2 * tokens * width * config["mlp_dim"], tokens**2 * width
+    square, mlp, pairs = tokens * width**2, 2 * tokens * width * config.mlp_dim, tokens**2 * width
     linear = {True: (square + mlp, square), False: (4 * square + mlp,) * 2}
     pure = {True: (4 * square + mlp + 2 * pairs, 2 * square + pairs), False: (4 * square + mlp + 2 * pairs,) * 2}
     first, last = (linear if "linear" in name else pure)[folded]
@@ -134,10 +134,10 @@ def test_multiply_adds_by_hand(name, folded, golden_bundle):
 @pytest.mark.parametrize("name", ["reference_linear", "reference_pure"])
 def test_memory_is_what_decides_how_an_image_is_run(name, golden_bundle):
     opened = open_bundle(golden_bundle(name))
-    patch = opened.manifest.config["patch_size"]
-    found = anatomy.resolutions(opened, None, GIB)
-    trained = opened.manifest.config["image_size"]
-    assert [each.height for each in found] == [trained, *(-(-side // patch) * patch for side in anatomy.SIDES)]
+    patch = opened.manifest.config.patch_size
+    found = inspect.resolutions(opened, None, GIB)
+    trained = opened.manifest.config.image_size
+    assert [each.height for each in found] == [trained, *(-(-side // patch) * patch for side in inspect.SIDES)]
     for each in found:
         assert each.tokens == (each.height // patch) * (each.width // patch) + 1
         image = Image(each.tokens, each.width)
@@ -146,7 +146,7 @@ def test_memory_is_what_decides_how_an_image_is_run(name, golden_bundle):
     assert ways[0] == "whole"
     assert "memory" in ways
     assert ways[-1] == "disk"
-    assert anatomy.resolutions(opened, None, 1000)[0].auto is None
+    assert inspect.resolutions(opened, None, 1000)[0].auto is None
 
 
 def test_the_scratch_file_is_as_large_as_it_says(infexport, golden_bundle, golden_images, tmp_path, monkeypatch):
@@ -157,17 +157,17 @@ def test_the_scratch_file_is_as_large_as_it_says(infexport, golden_bundle, golde
             super().__init__(path, *arguments)
             sizes.append(path.stat().st_size)
 
-    monkeypatch.setattr(stores, "FileStore", Store)
+    monkeypatch.setattr(token_store, "FileStore", Store)
     bundle, (images, _) = golden_bundle("reference_pure"), golden_images("reference_pure")
     options = ("--size", 48, "--execution", "stream", "--scratch", tmp_path)
     infexport("run-engine", bundle, sorted(images.glob("*.png"))[0], *options)
-    (found,) = anatomy.resolutions(open_bundle(bundle), [(48, 48)], GIB)
+    (found,) = inspect.resolutions(open_bundle(bundle), [(48, 48)], GIB)
     assert sum(sizes) == found.scratch
 
 
 def test_sizes_are_completed_to_whole_patches(infexport, golden_bundle):
     bundle = golden_bundle("reference_linear")
-    patch = open_bundle(bundle).manifest.config["patch_size"]
+    patch = open_bundle(bundle).manifest.config.patch_size
     found = document(infexport, bundle, "--sizes", f"{patch + 1},{patch}x{3 * patch},{2 * patch}")["resolutions"]
     assert [(each["height"], each["width"]) for each in found] == [(2 * patch, 2 * patch), (patch, 3 * patch)]
     shown = infexport("inspect", bundle, "--sizes", 9_999 * patch).stdout
@@ -177,7 +177,7 @@ def test_sizes_are_completed_to_whole_patches(infexport, golden_bundle):
 def test_without_stages_there_is_one_way(golden_bundle):
     opened = open_bundle(golden_bundle("reference_linear"))
     opened = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, stages=None))
-    found = anatomy.resolutions(opened, [(64, 64)], GIB)[0]
+    found = inspect.resolutions(opened, [(64, 64)], GIB)[0]
     assert found.memory.keys() == {"whole"}
     assert found.scratch is None
 
@@ -202,8 +202,8 @@ def test_a_checkpoint_that_may_not_be_read(infexport, bundle, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     opened = open_bundle(bundle)
-    monkeypatch.setattr("infexport.bundle.sha256", denied)
-    assert anatomy.provenance_of(opened).checkpoint == "unreadable"
+    monkeypatch.setattr("infexport.bundle.bundle.sha256", denied)
+    assert inspect.provenance_of(opened).checkpoint == "unreadable"
 
 
 def test_a_file_that_was_changed_is_named_and_not_loaded(infexport, bundle):
@@ -253,7 +253,7 @@ def test_what_an_engine_takes():
 
 
 def test_what_is_not_installed_is_said_in_a_line(infexport, golden_bundle, monkeypatch):
-    monkeypatch.setattr(extras, "installed", lambda module: module not in ("onnx", "onnxruntime"))
+    monkeypatch.setattr(dependencies, "installed", lambda module: module not in ("onnx", "onnxruntime"))
     bundle = golden_bundle("reference_linear")
     shown = infexport("inspect", bundle).stdout
     assert "operators as written: this needs onnx, which is not installed; pip install 'infexport[export]'" in shown

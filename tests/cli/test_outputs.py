@@ -21,8 +21,7 @@ from support import ZOO
 from infexport import Predictor
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.outputs import files as outputs
-from infexport.outputs import heatmaps
+from infexport.outputs import files, heatmaps
 
 DIGITS = sorted((ZOO / "digits-held-out").glob("*.png"))
 
@@ -207,7 +206,7 @@ def full_disk(monkeypatch):
     """`full_disk(folder)`: nothing can be written there any more."""
 
     def fill(folder):
-        partial = outputs.partial_folder
+        partial = files.partial_folder
 
         @contextmanager
         def none(parent):
@@ -216,7 +215,7 @@ def full_disk(monkeypatch):
             with partial(parent) as made:
                 yield made
 
-        monkeypatch.setattr(outputs, "partial_folder", none)
+        monkeypatch.setattr(files, "partial_folder", none)
 
     return fill
 
@@ -238,16 +237,16 @@ def test_a_full_disk_in_the_end_loses_no_answer(suffix, infexport, bundle, tmp_p
 
 
 def test_a_full_disk_while_centrality_is_written(infexport, bundle, tmp_path, monkeypatch):
-    from infexport.inference import prediction as predictions
+    from infexport.inference import prediction
 
-    write = predictions._write_array
+    write = prediction._write_array
 
     def full(archive, name, values):
         if name == "centrality_1":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(archive, name, values)
 
-    monkeypatch.setattr(predictions, "_write_array", full)
+    monkeypatch.setattr(prediction, "_write_array", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     out = tmp_path / "out.npz"
@@ -295,9 +294,9 @@ def test_every_entry_has_its_index(infexport, bundle, tmp_path):
 
 
 def test_the_place_of_a_kept_copy_is_a_path(tmp_path):
-    assert outputs.local_path("file:///a/b.png") == Path("/a/b.png")
-    assert outputs.local_path("s3://a/b.png") is None
-    assert outputs.local_path("a/b.png") == Path("a/b.png")
+    assert files.local_path("file:///a/b.png") == Path("/a/b.png")
+    assert files.local_path("s3://a/b.png") is None
+    assert files.local_path("a/b.png") == Path("a/b.png")
 
 
 def test_a_plot_or_a_page_that_fails_loses_no_answer(infexport, bundle, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from PIL import Image
 from infexport.bundle.integrity import sealed, sha256
 from infexport.inference.centrality import Centrality
 from infexport.outputs.heatmaps import overlay
-from infexport.system import dependencies as extras
+from infexport.system import dependencies
 
 NASTY = "<script>alert(1)</script>"
 INLINE = {"span", "data", "strong", "code"}
@@ -223,7 +223,7 @@ def test_it_is_refused_before_the_work(infexport, golden_bundle, tmp_path, monke
     monkeypatch.setattr("infexport.evaluation.parity.validate.validate", lambda *_: pytest.fail("work was begun"))
     for name, words in (("page.pdf", "expected .html"), ("file/page.html", "cannot write the report")):
         assert words in infexport(*arguments, tmp_path / name, exit_code=2).stderr
-    monkeypatch.setattr(extras, "installed", lambda module: module not in ("jinja2", "matplotlib"))
+    monkeypatch.setattr(dependencies, "installed", lambda module: module not in ("jinja2", "matplotlib"))
     assert "infexport[plot]" in infexport(*arguments, tmp_path / "page.html", exit_code=2).stderr
     assert not (tmp_path / "page.html").exists()
 

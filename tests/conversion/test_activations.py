@@ -23,7 +23,7 @@ def dense_centrality(bundle, images):
     """`[B, layers, H, N]` in float64, with the whole N×N matrix."""
     network = build_network(load_recorded(recorded_checkpoint(bundle), bundle)).double()
     preprocessing = bundle.manifest.preprocessing
-    model = ImageModel(network, preprocessing["mean"], preprocessing["std"]).eval()
+    model = ImageModel(network, preprocessing.mean, preprocessing.std).eval()
     found = []
     with torch.no_grad(), model.observing():
         _, _, *taken = model(torch.from_numpy(images))
@@ -47,7 +47,7 @@ def dense_centrality(bundle, images):
 
 
 def images_of(bundle, height=48, width=40):
-    patch = bundle.manifest.config["patch_size"]
+    patch = bundle.manifest.config.patch_size
     image = synthetic_image(height // patch * patch, width // patch * patch)
     return np.stack([image, image[::-1]])
 

@@ -29,7 +29,7 @@ from infexport.conversion.passes import Inputs, lower, weight_key
 from infexport.conversion.passes.quantization import quantization, quantized_weight
 from infexport.conversion.passes.token_matmuls import find_products
 from infexport.inference.runners import onnxruntime as ort
-from infexport.system import host as machine
+from infexport.system import host
 from infvit.checkpoint import build_network, load_checkpoint
 from infvit.config import InfViTConfig
 from infvit.fold import fold
@@ -688,6 +688,6 @@ def test_a_bundle_says_how_it_computes(infexport, zoo_bundle):
 def test_remarks(precision, provider, flags, told, tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model name : some\nflags : fpu {flags}\n")
-    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(host, "CPUINFO", cpuinfo)
     assert told in " ".join(ort.remarks(precision, provider))
     assert bool(told) == bool(ort.remarks(precision, provider))

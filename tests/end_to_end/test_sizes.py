@@ -25,7 +25,7 @@ def test_one_graph_serves_every_batch_and_size(name, largest, golden_bundle):
     bundle = open_bundle(golden_bundle(name))
     preprocessing = bundle.manifest.preprocessing
     checkpoint = load_recorded(GOLDEN / f"{name}.safetensors", bundle)
-    truth = TorchRunner(checkpoint, preprocessing["mean"], preprocessing["std"], torch.float64)
+    truth = TorchRunner(checkpoint, preprocessing.mean, preprocessing.std, torch.float64)
     with OrtRunner(bundle, "cpu") as runner, truth:
         for batch, height, width in (*SHAPES, (1, largest, largest)):
             image = synthetic_image(height, width)
@@ -64,7 +64,7 @@ def test_a_model_over_2_gb_goes_through_external_data(infexport, tmp_path):
     checkpoint = load_recorded(tmp_path / "large.safetensors", bundle)
     preprocessing = bundle.manifest.preprocessing
     image = synthetic_image(32, 32)[None]
-    with TorchRunner(checkpoint, preprocessing["mean"], preprocessing["std"], torch.float32) as runner:
+    with TorchRunner(checkpoint, preprocessing.mean, preprocessing.std, torch.float32) as runner:
         expected = runner.run(image)["logits"]
     del checkpoint
     session = onnxruntime.InferenceSession(bundle.model)

@@ -107,13 +107,13 @@ def test_what_documents_mention_is_there(name):
 
 
 def test_limits_in_the_security_page_are_the_code_s():
-    from infexport.images import decode as images
+    from infexport.images import decode
 
     text = (ROOT / "SECURITY.md").read_text()
-    assert images.MAX_PIXELS == 2**30
+    assert decode.MAX_PIXELS == 2**30
     assert "2³⁰ pixels" in text
-    assert images.MAX_PIXELS_VARIABLE in text
-    for name in images._FORMATS:
+    assert decode.MAX_PIXELS_VARIABLE in text
+    for name in decode._FORMATS:
         assert name.replace("WEBP", "WebP").replace("JPEG2000", "JPEG 2000") in text
 
 

@@ -37,7 +37,7 @@ def test_the_paper_s_sizes(name, folded, dense):
     tokens = 64 * 64 + 1  # 1024² in patches of 16
     found = work_of(config, folded, tokens)
     assert found.dense == dense * E2 * tokens
-    layers = 0 if "linear" in name else config["depth"] - 0.5 if folded else config["depth"]
+    layers = 0 if "linear" in name else config.depth - 0.5 if folded else config.depth
     assert found.attention == layers * 2 * 1024 * tokens**2
 
 

@@ -73,9 +73,9 @@ def test_centrality_with_an_error_that_is_no_number(error, bad):
 def test_an_eigenvector_that_is_none_has_no_residual(side, monkeypatch):
     import torch
 
-    from infexport.evaluation.centrality import check as centrality_check
+    from infexport.evaluation.centrality import check
 
-    principal = centrality_check.principal
+    principal = check.principal
 
     def broken(q, k, which, *arguments):
         found = principal(q, k, which, *arguments)
@@ -83,9 +83,9 @@ def test_an_eigenvector_that_is_none_has_no_residual(side, monkeypatch):
 
     q, k = torch.rand(2, 12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     arguments = (0, 0, q, k, 0.9, 1000, np.random.default_rng(0))
-    assert centrality_check._look_at(*arguments).residual <= RESIDUAL
-    monkeypatch.setattr(centrality_check, "principal", broken)
-    found = centrality_check._look_at(*arguments)
+    assert check._look_at(*arguments).residual <= RESIDUAL
+    monkeypatch.setattr(check, "principal", broken)
+    found = check._look_at(*arguments)
     assert math.isnan(found.residual)
     assert not found
 

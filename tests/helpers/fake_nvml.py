@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
-from infexport.system import gpu_meter as nvml
+from infexport.system import gpu_meter
 
 
 class NVMLError(Exception):
@@ -15,7 +15,7 @@ class NVMLError(Exception):
 def install(monkeypatch, fake):
     """Have `infexport.system.gpu_meter` find it, and all of its GPUs."""
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(nvml, "installed", lambda module: module == "pynvml")
+    monkeypatch.setattr(gpu_meter, "installed", lambda module: module == "pynvml")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 

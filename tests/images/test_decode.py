@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from infexport.errors import InfexportError
-from infexport.images import decode as images
+from infexport.images import decode
 from infexport.images.decode import read_image
 from infexport.images.preprocess import EvalTransform, fit
 
@@ -30,7 +30,7 @@ GREY16_EXPECTED = np.rint(GREY16 / 257).astype(np.uint8)
 
 @pytest.fixture(autouse=True)
 def _pixel_limits_as_they_were(monkeypatch):
-    monkeypatch.delenv(images.MAX_PIXELS_VARIABLE, raising=False)
+    monkeypatch.delenv(decode.MAX_PIXELS_VARIABLE, raising=False)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # read_image sets it
 
 
@@ -135,7 +135,7 @@ class TestReadImage:
         image = Image.new("PA", (1, 1))
         image.putpalette([0, 100, 255])
         image.putalpha(51)
-        assert images._to_rgb(image, "in memory").getpixel((0, 0)) == (204, 224, 255)
+        assert decode._to_rgb(image, "in memory").getpixel((0, 0)) == (204, 224, 255)
 
     @pytest.mark.parametrize(("mode", "transparent"), [("L", 0), ("RGB", (0, 0, 0)), ("1", 0)])
     def test_transparent_colour(self, tmp_path, mode, transparent):
@@ -242,7 +242,7 @@ class TestReadImage:
 
     def test_hsv(self):
         image = Image.new("HSV", (1, 1), (85, 255, 255))  # a third of the circle
-        assert np.abs(np.subtract(images._to_rgb(image, "").getpixel((0, 0)), (0, 255, 0))).max() <= 1
+        assert np.abs(np.subtract(decode._to_rgb(image, "").getpixel((0, 0)), (0, 255, 0))).max() <= 1
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     @pytest.mark.parametrize("name", ["a.png", "a.tif"])  # Pillow turns TIFF itself: not twice
@@ -344,7 +344,7 @@ class TestUnreadable:
             raise MemoryError
 
         path = saved(tmp_path, Image.fromarray(RGB), "a.png")
-        monkeypatch.setattr(images, "_to_rgb", full)
+        monkeypatch.setattr(decode, "_to_rgb", full)
         self.refused(path, "not enough memory")
 
     @pytest.mark.parametrize("limit", [34, 10])  # Pillow itself refuses beyond twice the limit, we beyond it
@@ -352,26 +352,26 @@ class TestUnreadable:
         path = saved(tmp_path, Image.fromarray(RGB), "a.png")
         data = path.read_bytes()
         path.write_bytes(data[: data.index(b"IDAT") + 6])  # nothing left to decode
-        monkeypatch.setenv(images.MAX_PIXELS_VARIABLE, str(limit))
+        monkeypatch.setenv(decode.MAX_PIXELS_VARIABLE, str(limit))
         error = self.refused(path, "too many pixels")
-        assert images.MAX_PIXELS_VARIABLE in error.hint
+        assert decode.MAX_PIXELS_VARIABLE in error.hint
         assert str(limit) in error.details
         assert not recwarn.list
-        monkeypatch.setenv(images.MAX_PIXELS_VARIABLE, "35")
+        monkeypatch.setenv(decode.MAX_PIXELS_VARIABLE, "35")
         self.refused(path, "damaged or truncated")
 
     def test_pixel_limit_is_pillows_too(self, tmp_path, monkeypatch):
         path = saved(tmp_path, Image.fromarray(RGB), "a.png")
         read_image(path)
-        assert Image.MAX_IMAGE_PIXELS == images.MAX_PIXELS == 2**30
-        monkeypatch.setenv(images.MAX_PIXELS_VARIABLE, "35")
+        assert Image.MAX_IMAGE_PIXELS == decode.MAX_PIXELS == 2**30
+        monkeypatch.setenv(decode.MAX_PIXELS_VARIABLE, "35")
         np.testing.assert_array_equal(read_image(path), RGB)
         assert Image.MAX_IMAGE_PIXELS == 35
 
     @pytest.mark.parametrize("text", ["", "many", "0", "-3", "1e9"])
     def test_pixel_limit_must_be_a_number(self, tmp_path, monkeypatch, text):
-        monkeypatch.setenv(images.MAX_PIXELS_VARIABLE, text)
-        with pytest.raises(InfexportError, match=images.MAX_PIXELS_VARIABLE):
+        monkeypatch.setenv(decode.MAX_PIXELS_VARIABLE, text)
+        with pytest.raises(InfexportError, match=decode.MAX_PIXELS_VARIABLE):
             read_image(tmp_path / "a.png")
 
     @settings(max_examples=150, deadline=None)
@@ -389,7 +389,7 @@ class TestUnreadable:
         path.write_bytes(data)
         try:
             with pytest.MonkeyPatch.context() as patch:  # a damaged header may ask for gigabytes
-                patch.setenv(images.MAX_PIXELS_VARIABLE, "10000")
+                patch.setenv(decode.MAX_PIXELS_VARIABLE, "10000")
                 pixels = read_image(path)
         except InfexportError as error:
             damaged = error
@@ -544,7 +544,7 @@ class TestFitTrained:
         assert str(size) in caught.value.details
 
     def test_size_is_limited(self, monkeypatch):
-        monkeypatch.setenv(images.MAX_PIXELS_VARIABLE, "65536")
+        monkeypatch.setenv(decode.MAX_PIXELS_VARIABLE, "65536")
         assert fit(RGB, 4, 256, TRANSFORM, "pad").pixels.shape == (256, 256, 3)
         with pytest.raises(InfexportError, match="too many pixels"):
             fit(RGB, 4, 257, TRANSFORM, "pad")

@@ -119,9 +119,9 @@ def test_without_rights_the_command_says_so(infexport, zoo_bundle, server):
 
 def test_one_that_goes_away_is_one_failure(infexport, zoo_bundle, server, bucket, monkeypatch):
     """Between being found and being fetched."""
-    from infexport.images import fetch as remote
+    from infexport.images import fetch
 
-    monkeypatch.setattr(remote, "find_urls", lambda url: [url])
+    monkeypatch.setattr(fetch, "find_urls", lambda url: [url])
     urls = [f"{bucket}/deep/gone.png", f"{server}/{FILES[0].name}"]
     result = infexport("run-engine", zoo_bundle("digits-linear"), *urls, "--json", exit_code=1)
     document = json.loads(result.stdout)
@@ -165,11 +165,11 @@ def test_images_in_an_archive(tmp_path):
 
 def test_an_interrupted_run_of_a_url_goes_on(zoo_bundle, bucket, tmp_path):
     """The folder of its tokens is that of the URL and its content, not of the copy."""
-    from infexport.inference.streaming import resume as scratch
+    from infexport.inference.streaming import resume
 
     image = f"{bucket}/deep/0/{FILES[0].name}"
     names = []
-    enter = scratch.Scratch.__enter__
+    enter = resume.Scratch.__enter__
 
     def entered(self):
         enter(self)
@@ -177,7 +177,7 @@ def test_an_interrupted_run_of_a_url_goes_on(zoo_bundle, bucket, tmp_path):
         return self
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratch.Scratch, "__enter__", entered)
+        patch.setattr(resume.Scratch, "__enter__", entered)
         with Predictor(zoo_bundle("digits-linear"), size="native", execution="stream", scratch=tmp_path) as predictor:
             predictor([image, image, f"{bucket}/deep/1/{FILES[1].name}"])
     assert names[0] == names[1] != names[2]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infexport.inference import centrality as module
+from infexport.inference import centrality
 from infexport.inference.centrality import Centrality, of_tokens, step_of, summed
 from infexport.outputs.heatmaps import overlay
 
@@ -54,7 +54,7 @@ def test_cells_sum_up_what_is_in_them(height, width, step, heads):
 
 
 def test_the_step_is_the_least_that_fits(monkeypatch):
-    monkeypatch.setattr(module, "MOST_NUMBERS", 1000)
+    monkeypatch.setattr(centrality, "MOST_NUMBERS", 1000)
     assert step_of((10, 10), 10) == 1
     assert step_of((10, 11), 10) == 2
     assert step_of((4096, 4096), 1) == 133

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from infexport.bundle import open_bundle
 from infexport.cli.options import Bytes
 from infexport.errors import InfexportError
-from infexport.inference import planner as execution
+from infexport.inference import planner
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import WHOLE_TOKENS, Image, choose, estimates, size_text
 
@@ -22,7 +22,7 @@ SMALL, LARGE = Image(WHOLE_TOKENS + 1, 1024), Image(WHOLE_TOKENS + 2, 1040)
 
 @pytest.fixture
 def bundle(golden_bundle, monkeypatch):
-    monkeypatch.setattr(execution, "estimates", lambda bundle, options, image, chunk: FOUND)
+    monkeypatch.setattr(planner, "estimates", lambda bundle, options, image, chunk: FOUND)
     return open_bundle(golden_bundle("torchvision_linear"))
 
 
@@ -84,7 +84,7 @@ def test_memory_on_disk_hardly_grows(name, golden_bundle):
     assert large["disk"] == small["disk"]
     grown = (large["memory"] - small["memory"]) / (10_000_000 - 10_000)
     kept = 1 if name == "torchvision_linear" else 5  # tokens; queries, keys, values and what is mixed besides
-    assert grown == pytest.approx(kept * 4 * bundle.manifest.config["embed_dim"])
+    assert grown == pytest.approx(kept * 4 * bundle.manifest.config.embed_dim)
     half = estimates(bundle, options(tokens="float16"), Image(10_000_000, 2048))
     assert half["memory"] < large["memory"]
     assert estimates(bundle, options(batch_size=8), Image(10_000, 2048))["whole"] > 3 * small["whole"]

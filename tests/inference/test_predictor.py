@@ -140,7 +140,7 @@ def test_centrality_and_streaming(bundle, tmp_path):
     assert isinstance(failure, Failure)
     assert row.execution == "stream, tokens in memory"
     config = open_bundle(bundle).manifest.config
-    assert row.centrality.cells.shape == (config["depth"], config["num_heads"], 25, 15)
+    assert row.centrality.cells.shape == (config.depth, config.num_heads, 25, 15)
 
 
 def test_pixels_with_tokens_on_disk_go_on_as_files_do(bundle, tmp_path):

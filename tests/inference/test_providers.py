@@ -22,8 +22,7 @@ from PIL import Image
 from infexport.bundle import seal
 from infexport.bundle.manifest import FILE, read_manifest
 from infexport.errors import InfexportError
-from infexport.inference.runners import onnxruntime as ort
-from infexport.inference.runners import spread
+from infexport.inference.runners import onnxruntime, spread
 from infexport.system.gpus import local_gpu
 
 EXTRA = helper.make_tensor_value_info("more", TensorProto.FLOAT, [1])
@@ -145,7 +144,7 @@ def test_nodes_on_several_providers_are_told():
         part("CPU", ("", "Shape"), ("com.microsoft", "Gelu")),
         part("CUDA", ("", "MatMul")),
     ]
-    placement = ort.placement_of(SimpleNamespace(get_provider_graph_assignment_info=lambda: parts))
+    placement = onnxruntime.placement_of(SimpleNamespace(get_provider_graph_assignment_info=lambda: parts))
     assert placement == {"CUDA": {"MatMul": 2}, "CPU": {"Shape": 1, "com.microsoft::Gelu": 1}}
     assert spread(placement) == "2 nodes on CUDA, 2 nodes on CPU"
     assert spread({"CUDA": placement["CUDA"]}) == ""
@@ -192,7 +191,7 @@ class FakeRuntime:
 def runtime(monkeypatch):
     def use(*arguments):
         fake = FakeRuntime(*arguments)
-        monkeypatch.setattr(ort, "import_onnxruntime", lambda: fake)
+        monkeypatch.setattr(onnxruntime, "import_onnxruntime", lambda: fake)
         return fake
 
     return use
@@ -202,7 +201,7 @@ def test_the_rtx_provider_is_loaded_and_given_its_gpus(runtime, tmp_path):
     gpu, cpu = SimpleNamespace(ep_name=RTX), SimpleNamespace(ep_name="CPUExecutionProvider")
     fake = runtime([cpu, gpu])
     for _ in range(2):
-        _, provider = ort.open_session(tmp_path / "model.onnx", "tensorrt-rtx", None)
+        _, provider = onnxruntime.open_session(tmp_path / "model.onnx", "tensorrt-rtx", None)
         assert provider == "tensorrt-rtx"
     assert fake.given == [gpu]
     assert fake.registered == [RTX]
@@ -218,7 +217,7 @@ def test_the_rtx_provider_is_loaded_and_given_its_gpus(runtime, tmp_path):
 def test_the_rtx_provider_without_a_gpu(arguments, words, runtime, tmp_path):
     runtime(*arguments)
     with pytest.raises(InfexportError, match=words) as refused:
-        ort.open_session(tmp_path / "model.onnx", "tensorrt-rtx", None)
+        onnxruntime.open_session(tmp_path / "model.onnx", "tensorrt-rtx", None)
     assert "--provider cpu" in refused.value.hint
 
 

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from infexport.errors import InfexportError
-from infexport.inference import tensorrt_libraries as backends
-from infexport.system import gpus as targets
+from infexport.inference import tensorrt_libraries
+from infexport.system import gpus
 from infexport.system.gpus import Gpu, local_gpu, target_of
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 << 30, "580.1", "8.0")
@@ -15,7 +15,7 @@ H200 = Gpu("NVIDIA H200", 141 * 10**9, "580.1", "9.0")
 
 @pytest.fixture
 def everything(monkeypatch):
-    monkeypatch.setattr(backends, "installed", lambda module: True)
+    monkeypatch.setattr(tensorrt_libraries, "installed", lambda module: True)
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,14 @@ def everything(monkeypatch):
     ],
 )
 def test_auto_takes_the_gpu_s_own(target, gpu, chosen, words, everything):
-    backend, why = backends.choose("auto", target_of(target), gpu)
+    backend, why = tensorrt_libraries.choose("auto", target_of(target), gpu)
     assert backend.name == chosen
     assert words in why
 
 
 def test_none_can(everything):
     with pytest.raises(InfexportError) as refused:
-        backends.choose("auto", target_of("h100"), A100)
+        tensorrt_libraries.choose("auto", target_of("h100"), A100)
     assert "tensorrt: it builds for the GPU it runs on" in refused.value.details
     assert "tensorrt-rtx: it builds for compute capabilities" in refused.value.details
 
@@ -54,8 +54,8 @@ def test_no_such_target(name):
 
 
 def smi(monkeypatch, stdout, code=0):
-    monkeypatch.setattr(targets.shutil, "which", lambda program: "nvidia-smi")
-    monkeypatch.setattr(targets, "output_of", lambda command, limit: (code, stdout, ""))
+    monkeypatch.setattr(gpus.shutil, "which", lambda program: "nvidia-smi")
+    monkeypatch.setattr(gpus, "output_of", lambda command, limit: (code, stdout, ""))
 
 
 def test_the_local_gpu(monkeypatch):
@@ -68,13 +68,13 @@ def test_the_local_gpu(monkeypatch):
 def test_the_gpu_that_cuda_sees(monkeypatch):
     asked = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234,0")
-    monkeypatch.setattr(targets.shutil, "which", lambda program: "nvidia-smi")
+    monkeypatch.setattr(gpus.shutil, "which", lambda program: "nvidia-smi")
 
     def output_of(command, limit):
         asked.append(command)
         return 0, "NVIDIA GB10, [N/A], 580.1, 12.1\n", ""
 
-    monkeypatch.setattr(targets, "output_of", output_of)
+    monkeypatch.setattr(gpus, "output_of", output_of)
     gpu = local_gpu()
     assert "--id=GPU-1234" in asked[0]
     assert (gpu.memory, gpu.capability) == (None, "12.1")
@@ -84,8 +84,8 @@ def test_the_gpu_that_cuda_sees(monkeypatch):
 def test_libraries_that_pip_brought_are_found(monkeypatch, tmp_path):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/known")
     for _ in range(2):
-        backends._find_libraries([tmp_path])
-        assert backends.os.environ["LD_LIBRARY_PATH"] == f"{tmp_path}:/known"
+        tensorrt_libraries._find_libraries([tmp_path])
+        assert tensorrt_libraries.os.environ["LD_LIBRARY_PATH"] == f"{tmp_path}:/known"
 
 
 @pytest.mark.parametrize(("stdout", "code"), [("", 0), ("No devices were found\n", 6), ("a, b, c, d\n", 0)])
@@ -99,6 +99,6 @@ def test_an_old_tensorrt(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     try:
         with pytest.raises(InfexportError, match=r"TensorRT 8.6.1 is too old"):
-            backends.BACKENDS["tensorrt"].load()
+            tensorrt_libraries.BACKENDS["tensorrt"].load()
     finally:
         sys.modules.pop("tensorrt", None)  # for other tests it is not installed

@@ -42,7 +42,7 @@ from PIL import Image
 
 from infexport.bundle import open_bundle
 from infexport.cli import cli
-from infexport.system import atomic_files as atomic
+from infexport.system import atomic_files
 from infexport.system.atomic_files import PREFIX, recover
 from infvit.config import InfViTConfig
 from infvit.network import InfViT
@@ -385,7 +385,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the figures to this .json")
     options = parser.parse_args()
     if options.no_exchange:
-        atomic._exchange = lambda a, b: False
+        atomic_files._exchange = lambda a, b: False
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     began = time.monotonic()

@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infexport import Predictor
-from infexport.images.preprocess import transform_of
 from infexport.inference.prediction import Failure, Prediction, Row
 from infexport.outputs import heatmaps
 from infexport.outputs.results import Results
@@ -267,7 +266,7 @@ class Traffic:
     def _write(self, rows: Sequence[Row], number: int) -> None:
         bundle = self.trained.bundle
         config = bundle.manifest.config
-        results = Results(rows, bundle.labels, [], 3, True, (config["num_classes"], config["embed_dim"]))
+        results = Results(rows, bundle.labels, [], 3, True, (config.num_classes, config.embed_dim))
         json.dumps(results.to_dict())
         suffix = (".json", ".csv", ".npz", ".parquet")[number % 4]
         results.write(self._folder / f"results{suffix}")
@@ -277,8 +276,8 @@ class Traffic:
         assert answer.centrality is not None
         manifest = self.mapped.bundle.manifest
         pixels, image = heatmaps.overview(file)
-        transform = transform_of(manifest.preprocessing)
-        extent = heatmaps.region(image, answer.grid, manifest.config["patch_size"], "native", transform)
+        transform = manifest.preprocessing.transform
+        extent = heatmaps.region(image, answer.grid, manifest.config.patch_size, "native", transform)
         figure = heatmaps.figure_of(answer.centrality, pixels, image, extent, "soak")
         heatmaps.save(figure, self._folder / "map.png")
         figure.clear()  # as run-engine does

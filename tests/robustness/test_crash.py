@@ -24,7 +24,7 @@ from infexport.conversion.tensorrt import build as engine
 from infexport.conversion.tensorrt.build import Plan, build_engines
 from infexport.conversion.tensorrt.profiles import profile_of
 from infexport.inference.tensorrt_libraries import TensorRTRTX
-from infexport.system import atomic_files as atomic
+from infexport.system import atomic_files
 from infexport.system.atomic_files import PREFIX, partial_folder, recover, sweep
 from infexport.system.gpus import TARGETS
 
@@ -131,7 +131,7 @@ def test_a_conversion_that_replaces_a_bundle(scene, infexport, tmp_path):
 def test_a_conversion_where_the_system_cannot_exchange_folders(scene, infexport, given, tmp_path, monkeypatch):
     """Such as NFS: there is a moment without a bundle at its place, and the next run puts it back."""
     converting = scene("convert")
-    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic_files, "_exchange", lambda a, b: False)
     bundle = tmp_path / "bundle"
     without = []
 
@@ -196,7 +196,7 @@ def test_what_killed_processes_left_is_deleted_and_what_living_ones_make_is_not(
 
 
 def test_a_newborn_that_is_taken_for_dead_is_made_again(tmp_path, monkeypatch):
-    lock, taken = atomic._lock, []
+    lock, taken = atomic_files._lock, []
 
     def slow(folder: Path, wait: bool = False) -> int | None:
         if wait and not taken:
@@ -204,7 +204,7 @@ def test_a_newborn_that_is_taken_for_dead_is_made_again(tmp_path, monkeypatch):
             sweep(tmp_path)
         return lock(folder, wait)
 
-    monkeypatch.setattr(atomic, "_lock", slow)
+    monkeypatch.setattr(atomic_files, "_lock", slow)
     with partial_folder(tmp_path) as folder:
         assert folder not in taken
         assert folder.is_dir()

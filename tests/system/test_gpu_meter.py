@@ -5,7 +5,7 @@ import time
 import pytest
 from fake_nvml import FakeNvml, NVMLError, install
 
-from infexport.system import gpu_meter as nvml
+from infexport.system import gpu_meter
 from infexport.system.gpu_meter import Meter, device_of
 
 
@@ -66,7 +66,7 @@ def test_no_counter(fake):
 )
 def test_no_nvml(driver, package, visible, reason, fake, monkeypatch):
     fake.driver = driver
-    monkeypatch.setattr(nvml, "installed", lambda module: package)
+    monkeypatch.setattr(gpu_meter, "installed", lambda module: package)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with Meter() as meter:
         assert (meter.gpu, meter.joules(), meter.peak_memory()) == (None, None, None)

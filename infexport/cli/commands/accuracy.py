@@ -99,7 +99,7 @@ def accuracy(
         threads=threads,
     )
     opened = open_bundle(bundle, verify=not no_verify)
-    classes = Classes(opened.manifest.config["num_classes"], opened.labels)
+    classes = Classes(opened.manifest.config.num_classes, opened.labels)
     images = read_labelled(data, classes)
     if output is not None:
         check_writable(output, "output", SUFFIXES, ELSEWHERE)

@@ -111,7 +111,7 @@ def _facts(report: Report) -> list[str]:
         f"machine     {machine['cpu']}, {machine['cores']} cores{gpu}",
         f"runtime     {machine['runtime']}, {machine['provider']}, threads {machine['threads'] or 'chosen by it'}",
         f"limit       {limit}",
-        f"bundle      {report.bundle}, {manifest.config['variant']}, {report.precision}"
+        f"bundle      {report.bundle}, {manifest.config.variant}, {report.precision}"
         f"{', folded' if manifest.folded else ''}, batch {report.rows[0].batch}",
         f"sha256      {manifest.files[MODEL]}  {MODEL}",
     ]

@@ -86,9 +86,9 @@ def build_engine(
     if library.caveat:
         out.warning(library.caveat)
     out.data(f"target      {aim.name}, compute capability {aim.capability}, {precision}")
-    for engine, sidecar in made:
-        out.data(f"engine      {engine} ({sidecar['bytes'] / 1e6:.1f} MB, {sidecar['seconds']:.1f} s)")
-        for name, (smallest, best, largest) in sidecar["profile"].items():
-            out.data(f"profile     {name} {smallest} to {largest}, best at {best}")
-        out.data(f"sha256      {sidecar['sha256']}")
-    out.document([{"engine": str(engine)} | sidecar for engine, sidecar in made])
+    for engine, record in made:
+        out.data(f"engine      {engine} ({record.bytes / 1e6:.1f} MB, {record.seconds:.1f} s)")
+        for name, shapes in record.profile.items():
+            out.data(f"profile     {name} {shapes.min} to {shapes.max}, best at {shapes.opt}")
+        out.data(f"sha256      {record.sha256}")
+    out.document([{"engine": str(engine)} | record.to_dict() for engine, record in made])

@@ -62,7 +62,7 @@ def centrality(
         out.warning(line)
     files = [] if images is None else find_images([images])
     if sizes is None:
-        sizes = [(opened.manifest.config["image_size"],) * 2] if images is None else []
+        sizes = [(opened.manifest.config.image_size,) * 2] if images is None else []
     path = checkpoint or recorded_checkpoint(opened)
     with out.progress((len(sizes) + len(files)) * heads_of(opened, layers), "walking") as bar:
         report = validate_centrality(

@@ -63,5 +63,5 @@ def inspect(
     if provider or engine:
         document["placement"] = graph.placement
     out.document(document)
-    whole = opened.verified and all(engine["state"] in ("current", "stale") for engine in opened.engines)
+    whole = opened.verified and all(engine.state in ("current", "stale") for engine in opened.engines)
     raise click.exceptions.Exit(0 if whole else 1)

@@ -103,6 +103,6 @@ def triton(
     for kind, text in tensors_of(made.config):
         out.data(f"{kind:<11} {text}")
     if made.engine is not None:
-        out.status(f"the server needs {made.engine['backend']} {made.engine['backend_version']}, as it was built with")
+        out.status(f"the server needs {made.engine.recorded.library}, as it was built with")
     out.status(f"serve it: tritonserver --model-repository {output}")
     out.document({"model": str(made.path), "config": to_dict(made.config)})

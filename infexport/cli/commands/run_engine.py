@@ -112,7 +112,7 @@ def run_engine(
     from infexport.images.fetch import find
     from infexport.inference.options import InferenceOptions
     from infexport.inference.predictor import Predictor
-    from infexport.inference.streaming import resume as scratches
+    from infexport.inference.streaming import resume
     from infexport.outputs.files import check_apart
     from infexport.outputs.heatmaps import HeatmapWriter
     from infexport.outputs.results import CentralityFile, Results, check_output
@@ -152,7 +152,7 @@ def run_engine(
     )
     opened = open_bundle(bundle, digest=digest)
     if clean:
-        out.status(f"freed {scratches.clean(scratch or cache_folder()) / 1e9:.2f} GB")
+        out.status(f"freed {resume.clean(scratch or cache_folder()) / 1e9:.2f} GB")
         if not images:
             return
     files = find(images)
@@ -176,7 +176,7 @@ def run_engine(
 
                 rows = scaled(address, workers, shard_image, opened, options, files, told)
         config = opened.manifest.config
-        shape = config["num_classes"], config["embed_dim"]
+        shape = config.num_classes, config.embed_dim
         results = Results(rows, opened.labels, warnings, top_k, features, shape)
         unwritten: InfexportError | None = None
         try:

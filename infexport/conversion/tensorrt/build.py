@@ -7,14 +7,15 @@ import errno
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from infexport.bundle import ENGINES, Bundle
+from infexport.bundle.engine_record import EngineRecord
 from infexport.bundle.integrity import sealed, sha256
-from infexport.bundle.manifest import MODEL
+from infexport.bundle.manifest import MODEL, Calibration
 from infexport.conversion.tensorrt.profiles import Profile, Shapes, check_stages, check_whole, stage_shapes
 from infexport.errors import InfexportError
 from infexport.inference.tensorrt_libraries import Backend
@@ -77,11 +78,11 @@ class _Part:
     engine: str
 
 
-def build_engines(bundle: Bundle, plan: Plan, listener: Listener) -> list[tuple[Path, dict[str, Any]]]:
+def build_engines(bundle: Bundle, plan: Plan, listener: Listener) -> list[tuple[Path, EngineRecord]]:
     """Build into the bundle's folder of engines; nothing of them appears unless all can be built.
 
     Returns:
-        Every engine's file and its sidecar, which is written beside it as `<file>.json`.
+        Every engine's file and its record, which is written beside it as `<file>.json`.
 
     Raises:
         InfexportError: not an fp32 bundle, shapes that no engine can have, an extra that is missing, or the library
@@ -98,15 +99,12 @@ def build_engines(bundle: Bundle, plan: Plan, listener: Listener) -> list[tuple[
             engines = scratch / ENGINES
             engines.mkdir()
             version, built = _build(bundle, plan, parts, scratch, listener)
-            facts = _facts(bundle, plan) | {"backend_version": version}
             made = []
             for part, found in zip(parts, built, strict=True):
                 engine = engines / part.engine
-                files = {name: bundle.manifest.files[name] for name in _files(bundle, part.graph)}
-                sidecar = facts | {"graph": files, "profile": part.shapes, "sha256": sha256(engine)}
-                sidecar |= {"bytes": engine.stat().st_size, **found}
-                engine.with_name(engine.name + ".json").write_bytes(sealed(sidecar))
-                made.append((bundle.path / ENGINES / part.engine, sidecar))
+                record = _record(bundle, plan, part, engine, version, found)
+                engine.with_name(engine.name + ".json").write_bytes(sealed(record.to_dict()))
+                made.append((bundle.path / ENGINES / part.engine, record))
             with alone(folder.parent):  # another build may be putting its own
                 _keep(folder, engines)
                 put(engines, folder)
@@ -173,20 +171,35 @@ def _files(bundle: Bundle, graph: str) -> list[str]:
     return [graph] + [name for name in (f"{MODEL}.data",) if name in bundle.manifest.files]
 
 
-def _facts(bundle: Bundle, plan: Plan) -> dict[str, Any]:
-    """What all sidecars of a build say."""
-    return {
-        "target": plan.target.name,
-        "compute_capability": plan.target.capability,
-        "precision": plan.precision,
-        "calibration": {"images": len(plan.calibrate)} if plan.calibrate else None,
-        "chunk": plan.chunk if plan.execution == "stream" else None,
-        "backend": plan.backend.name,
-        "versions": {"infexport": importlib.metadata.version("infexport")},
-        "gpu": None if plan.gpu is None else dataclasses.asdict(plan.gpu),
-        "caveat": plan.backend.caveat,
-        "checkpoint": bundle.manifest.checkpoint["files"],
-    }
+def _record(
+    bundle: Bundle, plan: Plan, part: _Part, engine: Path, version: str, built: Mapping[str, Any]
+) -> EngineRecord:
+    """Return the sidecar of an engine that was built.
+
+    Args:
+        bundle, plan, part: as of `_build`.
+        engine: the file.
+        version: of the library.
+        built: `seconds`, `layers` and `log`, as the worker tells them.
+    """
+    return EngineRecord(
+        target=plan.target.name,
+        compute_capability=plan.target.capability,
+        precision=plan.precision,
+        calibration=Calibration(len(plan.calibrate)) if plan.calibrate else None,
+        chunk=plan.chunk if plan.execution == "stream" else None,
+        backend=plan.backend.name,
+        versions={"infexport": importlib.metadata.version("infexport")},
+        gpu=plan.gpu,
+        caveat=plan.backend.caveat,
+        checkpoint=bundle.manifest.checkpoint.files,
+        backend_version=version,
+        graph={name: bundle.manifest.files[name] for name in _files(bundle, part.graph)},
+        profile=part.shapes,
+        sha256=sha256(engine),
+        bytes=engine.stat().st_size,
+        **built,
+    )
 
 
 def _build(

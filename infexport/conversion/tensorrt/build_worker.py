@@ -60,7 +60,7 @@ class Builder:
             name: of the graph, for people.
             graph: an ONNX file.
             engine: the file to write.
-            profile: input → minimum, best and maximum shape, for inputs whose shapes vary.
+            profile: input → min, opt and max shape, for inputs whose shapes vary.
             options: that make it smaller, for people.
 
         Returns:

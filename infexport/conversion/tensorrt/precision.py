@@ -39,7 +39,7 @@ class Lowering:
         from infexport.conversion.calibration import batches, calibrate
 
         manifest = self._bundle.manifest
-        patch = manifest.config["patch_size"]
+        patch = manifest.config.patch_size
         images = batches(self._images, patch, manifest.preprocessing, manifest.input, progress)
         self._met = calibrate(self._bundle.model, images)
 

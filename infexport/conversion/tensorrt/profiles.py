@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from infexport.bundle.engine_record import ShapeRange
 from infexport.bundle.manifest import Manifest, Stage
 from infexport.errors import InfexportError
 from infexport.inference.centrality import CENTRALITY
 from infexport.inference.planner import size_text
 from infexport.inference.runners.tensorrt import STRIP_ROWS
-from infexport.inference.streaming.driver import BY_TOKEN, PAIR_CHUNKS
+from infexport.inference.streaming.driver import BY_TOKEN
 from infexport.system.gpus import TARGETS, Target
+from infvit.stage_scope import StageScope
 
-Shapes = dict[str, list[list[int]]]
-"""Input → its minimum, best and maximum shape."""
+Shapes = dict[str, ShapeRange]
+"""Input → its shapes."""
 
 INT32_MAX = 2**31 - 1
 """TensorRT counts the elements of a tensor in 32 bits."""
@@ -29,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Profile:
-    """The images an engine takes: three sizes `(height, width)` in pixels and three batches, the second fastest."""
+    """The images an engine takes: min, opt and max of sizes `(height, width)` in pixels and of batches."""
 
     sizes: tuple[Side, Side, Side]
     batches: tuple[int, int, int]
@@ -38,8 +40,8 @@ class Profile:
         """Of the whole graph's input, which takes `uint8` or `float32`."""
         pairs = zip(self.batches, self.sizes, strict=True)
         if takes == "uint8":
-            return {"image": [[batch, *size, 3] for batch, size in pairs]}
-        return {"pixels": [[batch, 3, *size] for batch, size in pairs]}
+            return {"image": ShapeRange(*([batch, *size, 3] for batch, size in pairs))}
+        return {"pixels": ShapeRange(*([batch, 3, *size] for batch, size in pairs))}
 
 
 def profile_of(manifest: Manifest, sizes: list[Side] | None, batches: list[int] | None) -> Profile:
@@ -52,9 +54,9 @@ def profile_of(manifest: Manifest, sizes: list[Side] | None, batches: list[int] 
         batches: likewise; by default 1, 1 and 8.
 
     Raises:
-        InfexportError: a size that is no whole number of patches, or an order that isn't minimum, best, maximum.
+        InfexportError: a size that is no whole number of patches, or an order that isn't min, opt, max.
     """
-    size, patch = manifest.config["image_size"], manifest.config["patch_size"]
+    size, patch = manifest.config.image_size, manifest.config.patch_size
     if sizes is None:
         largest = max(4 * size, -(-1024 // patch) * patch)
         sizes = [(patch, patch), (size, size), (largest, largest)]
@@ -84,9 +86,7 @@ def profile_of(manifest: Manifest, sizes: list[Side] | None, batches: list[int] 
 
 def _three(values: Sequence[T], option: str) -> tuple[T, T, T]:
     if not 1 <= len(values) <= 3:
-        raise InfexportError(
-            f"{option} takes one to three values", f"received {len(values)}", "minimum, best and maximum"
-        )
+        raise InfexportError(f"{option} takes one to three values", f"received {len(values)}", "min, opt and max")
     return values[0], values[len(values) // 2], values[-1]
 
 
@@ -109,7 +109,7 @@ class Tensor:
 def tensors_of(manifest: Manifest) -> list[Tensor]:
     """The large tensors of the whole graph."""
     config = manifest.config
-    width, hidden, patch = config["embed_dim"], config["mlp_dim"], config["patch_size"]
+    width, hidden, patch = config.embed_dim, config.mlp_dim, config.patch_size
     return [
         Tensor("the MLP's hidden layer", lambda batch, tokens: [batch, tokens, hidden]),
         Tensor("the tokens", lambda batch, tokens: [batch, tokens, width]),
@@ -130,7 +130,7 @@ def check_whole(manifest: Manifest, profile: Profile, target: Target, weights: i
     Raises:
         InfexportError: names the tensor, the largest square that fits at this batch, and options that are accepted.
     """
-    patch, batch = manifest.config["patch_size"], profile.batches[2]
+    patch, batch = manifest.config.patch_size, profile.batches[2]
     height, width = profile.sizes[2]
     tokens = (height // patch) * (width // patch) + 1
     tensors = tensors_of(manifest)
@@ -199,10 +199,10 @@ NO_ROOM = "no GPU that is known here has the room"
 def peak(manifest: Manifest, weights: int, batch: int, tokens: int) -> int:
     """Bytes on the GPU at the worst moment, about: around the GELU, or with a tile of affinities, in float32."""
     config = manifest.config
-    widest = 2 * config["mlp_dim"]
-    if config["variant"] == "pure_infsa":  # a tile of queries of all heads: float32, its squares, and half precision
-        widest = max(widest, 4 * TILE * config["num_heads"])
-    return weights + 4 * batch * tokens * (widest + 4 * config["embed_dim"])
+    widest = 2 * config.mlp_dim
+    if config.variant == "pure_infsa":  # a tile of queries of all heads: float32, its squares, and half precision
+        widest = max(widest, 4 * TILE * config.num_heads)
+    return weights + 4 * batch * tokens * (widest + 4 * config.embed_dim)
 
 
 def check_stages(manifest: Manifest, chunk: int, target: Target, weights: int, memory: int | None = None) -> None:
@@ -243,7 +243,7 @@ def _fits_chunk(manifest: Manifest, chunk: int, room: int | None, weights: int) 
 
 def _widest(manifest: Manifest, chunk: int) -> Tensor:
     """Return the largest tensor of all stages."""
-    pixels, block, width = STRIP_ROWS * chunk + 1, PAIR_CHUNKS * chunk, manifest.config["embed_dim"]
+    pixels, block, width = STRIP_ROWS * chunk + 1, StageScope.PAIRS.max_rows(chunk), manifest.config.embed_dim
     tensors = [*tensors_of(manifest)[:2], Tensor("a block's queries", lambda b, n: [b, block, width])]
     strip = Tensor("a strip's pixels", lambda b, n: tensors_of(manifest)[2].shape(b, pixels))
     return max([*tensors, strip], key=lambda tensor: tensor.elements(1, chunk))
@@ -251,9 +251,8 @@ def _widest(manifest: Manifest, chunk: int) -> Tensor:
 
 def _stages_peak(manifest: Manifest, chunk: int, weights: int) -> int:
     """Return bytes on the GPU with all stages on it."""
-    rows = {"nothing": 1, "class_token": 1, "pairs": PAIR_CHUNKS * chunk}
     stages = {stage.graph: stage for stage in manifest.stages or ()}
-    return weights + sum(peak(manifest, 0, 1, rows.get(stage.over, chunk)) for stage in stages.values())
+    return weights + sum(peak(manifest, 0, 1, stage.over.max_rows(chunk)) for stage in stages.values())
 
 
 def stage_shapes(manifest: Manifest, stage: Stage, chunk: int) -> Shapes:
@@ -264,15 +263,15 @@ def stage_shapes(manifest: Manifest, stage: Stage, chunk: int) -> Shapes:
         stage: one of its.
         chunk: tokens at a time, at most.
     """
-    patch, width = manifest.config["patch_size"], manifest.config["embed_dim"]
+    patch, width = manifest.config.patch_size, manifest.config.embed_dim
     shapes: Shapes = {}
     for name in stage.inputs:
         if name == "image":
             sides = [(patch * rows, patch * columns) for rows, columns in ((1, 1), (1, chunk), (STRIP_ROWS, chunk))]
             last = manifest.input == "uint8"
-            shapes[name] = [[1, *side, 3] if last else [1, 3, *side] for side in sides]
-        elif name in BY_TOKEN and stage.over in ("tokens", "pairs"):
-            most = chunk * (PAIR_CHUNKS if stage.over == "pairs" else 1)
-            columns = manifest.config["num_heads"] if name == CENTRALITY else width
-            shapes[name] = [[1, 1, columns], [1, most, columns], [1, most, columns]]
+            shapes[name] = ShapeRange(*([1, *side, 3] if last else [1, 3, *side] for side in sides))
+        elif name in BY_TOKEN and stage.over in (StageScope.TOKENS, StageScope.PAIRS):
+            most = stage.over.max_rows(chunk)
+            columns = manifest.config.num_heads if name == CENTRALITY else width
+            shapes[name] = ShapeRange([1, 1, columns], [1, most, columns], [1, most, columns])
     return shapes

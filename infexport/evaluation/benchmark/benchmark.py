@@ -27,7 +27,7 @@ def sizes_for(bundle: Bundle, asked: Sequence[tuple[int, int]] | None = None) ->
     Raises:
         InfexportError: a size that is no whole number of patches.
     """
-    patch = bundle.manifest.config["patch_size"]
+    patch = bundle.manifest.config.patch_size
 
     for height, width in asked or ():
         check_whole_patches(height, width, patch)
@@ -66,7 +66,7 @@ def benchmark(
         InfexportError: the bundle or the provider cannot be run at all. A size that fails is a row that says so.
     """
     manifest = bundle.manifest
-    patch = manifest.config["patch_size"]
+    patch = manifest.config.patch_size
     request = {"bundle": str(bundle.path), "provider": provider, "engine": engine, "threads": threads}
     status("measuring the machine's matrix products")
     found = ask(WORKER, request)

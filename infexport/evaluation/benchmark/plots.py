@@ -62,7 +62,7 @@ def _scaling(report: Report) -> Figure:
     manifest, machine = report.manifest, report.machine
     place = machine.get("gpu") or f"{machine['cores']} cores ({machine['cpu']})"
     figure.suptitle(
-        f"{manifest.config['variant']}, {report.precision}{', folded' if manifest.folded else ''}, "
+        f"{manifest.config.variant}, {report.precision}{', folded' if manifest.folded else ''}, "
         f"batch {rows[0].batch}, on {place}",
         fontsize=11,
     )

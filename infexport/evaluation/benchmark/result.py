@@ -188,7 +188,7 @@ class Report:
         return {
             "bundle": str(self.bundle),
             "graph": self.manifest.graph,
-            "variant": self.manifest.config["variant"],
+            "variant": self.manifest.config.variant,
             "precision": self.precision,
             "folded": self.manifest.folded,
             "machine": self.machine,

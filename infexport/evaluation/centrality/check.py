@@ -22,7 +22,7 @@ from infexport.errors import InfexportError
 from infexport.evaluation.recorded_checkpoint import load_recorded
 from infexport.evaluation.synthetic_images import synthetic_image
 from infexport.images.decode import read_image
-from infexport.images.preprocess import check_whole_patches, fit, transform_of
+from infexport.images.preprocess import check_whole_patches, fit
 from infvit.absorbing import ALLOWANCE, Deviation, Kind, chain_of, compare_visits, expected_visits, simulate
 from infvit.centrality import linear_scores, principal, row_sums
 from infvit.checkpoint import build_network
@@ -175,7 +175,7 @@ def validate_centrality(
             not, or tokens that are not finite.
     """
     config = bundle.manifest.config
-    patch, depth = config["patch_size"], config["depth"]
+    patch, depth = config.patch_size, config.depth
     layers = sorted(set(range(depth) if layers is None else layers))
     if layers[-1] >= depth:
         raise InfexportError(f"there is no layer {layers[-1]}", f"the network has {depth} layers, counted from 0")
@@ -183,13 +183,13 @@ def validate_centrality(
         check_whole_patches(height, width, patch)
     checkpoint = load_recorded(checkpoint_path, bundle)
     preprocessing = bundle.manifest.preprocessing
-    model = ImageModel(build_network(checkpoint).double(), preprocessing["mean"], preprocessing["std"]).eval()
+    model = ImageModel(build_network(checkpoint).double(), preprocessing.mean, preprocessing.std).eval()
     found: list[ImageReport] = []
     failed: list[tuple[Path, InfexportError]] = []
 
     def look(name: str, pixels: NDArray[np.uint8]) -> None:
         tokens = 1 + pixels.shape[0] * pixels.shape[1] // patch**2
-        heads = len(layers) * config["num_heads"]
+        heads = len(layers) * config.num_heads
         minutes = tokens**2 * heads / PAIRS_PER_SECOND / 60
         if minutes > 1:
             tell(f"{name}: {heads} heads of {tokens:,} tokens take about {minutes:,.0f} minutes of a core")
@@ -210,7 +210,7 @@ def validate_centrality(
         look(f"{height}x{width}", synthetic_image(height, width))
     for path in images:
         try:
-            pixels = fit(read_image(path), patch, "native", transform_of(preprocessing), "pad").pixels
+            pixels = fit(read_image(path), patch, "native", preprocessing.transform, "pad").pixels
         except InfexportError as error:
             failed.append((path, error))
             progress(heads_of(bundle, layers))
@@ -219,7 +219,7 @@ def validate_centrality(
     return Report(
         bundle=bundle.path,
         checkpoint=checkpoint_path,
-        variant=config["variant"],
+        variant=config.variant,
         terms=checkpoint.config.neumann_terms,
         walkers=walkers,
         seed=seed,
@@ -231,7 +231,7 @@ def validate_centrality(
 def heads_of(bundle: Bundle, layers: Sequence[int] | None) -> int:
     """Heads of an image that will be looked at."""
     config = bundle.manifest.config
-    return config["num_heads"] * (config["depth"] if layers is None else len(set(layers)))
+    return config.num_heads * (config.depth if layers is None else len(set(layers)))
 
 
 def _projections(

@@ -23,6 +23,7 @@ from infexport.inference.runners import Stages
 from infexport.inference.runners.onnxruntime import session_of
 from infexport.inference.streaming import stream
 from infexport.inference.streaming.driver import Tokens, stages_of
+from infvit.stage_scope import StageScope
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class GraphTracer:
                 "it takes graphs from files, and the one with every layer's outputs is made in memory",
                 "leave one of the two out",
             )
-        self._bundle, self._depth = bundle, bundle.manifest.config["depth"]
+        self._bundle, self._depth = bundle, bundle.manifest.config.depth
         model = ir.load(bundle.model)
         names = activation_names(model.graph)
         if not {*tokens_names(self._depth)} <= {*names}:
@@ -124,14 +125,14 @@ class StageTracer:
 
     def _one(self, image: NDArray[np.uint8]) -> Trace:
         self._tokens, self._states = [], []
-        source = Source(ArrayRows(image), self.bundle.manifest.config["patch_size"], "pad")
+        source = Source(ArrayRows(image), self.bundle.manifest.config.patch_size, "pad")
         found = stream(self.bundle, self.runner, source, chunk=self.chunk, observe=self._observe)
         logits, features = (torch.from_numpy(x.copy())[None] for x in (found.logits, found.features))
         return Trace(self._tokens, self._states, features, logits)
 
     def _observe(self, stage: int, tokens: Tokens, sums: Mapping[str, NDArray[Any]]) -> None:
         here = stages_of(self.bundle.manifest.stages or (), centrality=False)[stage]
-        if here.over == "nothing":
+        if here.over is StageScope.ONCE:
             return  # the image goes on with it
         if "tokens" in here.outputs:
             rows = tokens.read(stage + 1, "tokens", 0, tokens.layout.rows.stop)

@@ -23,7 +23,7 @@ from infexport.evaluation.pytorch_reference import TorchRunner, enough_memory
 from infexport.evaluation.recorded_checkpoint import load_recorded
 from infexport.evaluation.synthetic_images import synthetic_batch
 from infexport.images.decode import read_image
-from infexport.images.preprocess import check_whole_patches, fit, transform_of
+from infexport.images.preprocess import check_whole_patches, fit
 from infexport.inference.runners import Deployed
 from infexport.inference.runners.factory import Opening
 from infexport.inference.runners.streamed import StreamRunner
@@ -33,7 +33,7 @@ from infvit.checkpoint import Checkpoint
 
 def default_sizes(bundle: Bundle) -> list[tuple[int, int]]:
     """The trained size, a smaller non-square one and a larger one: `(height, width)`."""
-    size, patch = bundle.manifest.config["image_size"], bundle.manifest.config["patch_size"]
+    size, patch = bundle.manifest.config.image_size, bundle.manifest.config.patch_size
     half = max(patch, size // 2 // patch * patch)
     return [(size, size), (half, size + patch), (2 * size, 2 * size)]
 
@@ -62,8 +62,8 @@ class Judge:
         self, bundle: Bundle, checkpoint: Checkpoint, opening: Opening, stream: bool = False, layers: bool = False
     ) -> None:
         manifest = bundle.manifest
-        mean, std = manifest.preprocessing["mean"], manifest.preprocessing["std"]
-        self.tolerance = tolerance_for(opening.precision, manifest.config["depth"])
+        mean, std = manifest.preprocessing.mean, manifest.preprocessing.std
+        self.tolerance = tolerance_for(opening.precision, manifest.config.depth)
         self._bundle, self._layers, self._threads = bundle, layers, opening.threads
         self._arithmetic = Arithmetic(opening.precision, manifest.folded)
         self._truth = TorchRunner(checkpoint, mean, std, torch.float64)
@@ -144,7 +144,7 @@ def validate(
     Raises:
         InfexportError: a checkpoint that cannot be read, or a size that is no multiple of the patch.
     """
-    patch, transform = bundle.manifest.config["patch_size"], transform_of(bundle.manifest.preprocessing)
+    patch, transform = bundle.manifest.config.patch_size, bundle.manifest.preprocessing.transform
     for height, width in sizes:
         check_whole_patches(height, width, patch)
     cases: list[Case] = []

@@ -39,7 +39,7 @@ def facts_of(report: Report, bundle: Bundle) -> Facts:
     """Of this process, this machine and the files as they are."""
     found = provenance_of(bundle)
     source = [Checked(f"{each.file} (checkpoint)", each.sha256, each.state) for each in found.source]
-    if report.checkpoint.absolute() != Path(bundle.manifest.checkpoint["path"]):
+    if report.checkpoint.absolute() != Path(bundle.manifest.checkpoint.path):
         source = [Checked(f"{file} (checkpoint)", sha256(file), "not recorded") for file in _weights(report.checkpoint)]
     now = {name: sha256(bundle.path / name) for name in bundle.changed if (bundle.path / name).is_file()}
     return Facts(_environment(), [*source, *found.files], now)

@@ -20,7 +20,7 @@ from infexport.evaluation.parity.result import Case, Logits, Report
 from infexport.evaluation.report.order import worst_first
 from infexport.evaluation.synthetic_images import MANY, synthetic_batch
 from infexport.images.decode import Pixels, read_image
-from infexport.images.preprocess import fit, transform_of
+from infexport.images.preprocess import fit
 from infexport.images.strips import ArrayRows, Source
 from infexport.inference.centrality import CENTRALITY, Centrality, of_tokens
 from infexport.inference.prediction import top_k
@@ -78,18 +78,18 @@ def examples_of(report: Report, bundle: Bundle, threads: int | None = None) -> l
 
 def _pixels(case: Case, row: int, bundle: Bundle) -> Pixels:
     """What was run."""
-    patch = bundle.manifest.config["patch_size"]
+    patch = bundle.manifest.config.patch_size
     if case.file is None:
         _, height, width, _ = case.shape
         return synthetic_batch(height, width, patch)[row]
-    return fit(read_image(case.file), patch, "native", transform_of(bundle.manifest.preprocessing), "pad").pixels
+    return fit(read_image(case.file), patch, "native", bundle.manifest.preprocessing.transform, "pad").pixels
 
 
 def _centralities(bundle: Bundle, images: Sequence[Pixels], threads: int | None) -> list[Centrality | str]:
     """Of every image, or why there is none."""
     if CENTRALITY_MODEL not in bundle.manifest.files:
         return ["this bundle does not give centrality"] * len(images)
-    patch, found = bundle.manifest.config["patch_size"], list[Centrality | str]()
+    patch, found = bundle.manifest.config.patch_size, list[Centrality | str]()
     opening, whole = Opening(bundle, "cpu", threads=threads, centrality=True), None
     with ExitStack() as stack:
         for pixels in images:

@@ -72,8 +72,8 @@ class Opening:
             reasons = "; ".join([refused[0].summary, *refused[0].details.splitlines()])
             self.notes.append(f"no engine is used: {reasons}")
         for engine in self.bundle.engines if found else ():
-            if engine["state"] not in ("current", "stale"):  # others do its work, but somebody should know
-                self.notes.append(f"not used: {engine['file']}: {STATES[engine['state']]}")
+            if engine.state not in ("current", "stale"):  # others do its work, but somebody should know
+                self.notes.append(f"not used: {engine.file}: {STATES[engine.state]}")
         return found
 
     @property

@@ -21,6 +21,7 @@ from infexport.inference.runners import Placement
 from infexport.inference.runners.output_checks import check_answer, check_centrality, misfit
 from infexport.system.dependencies import require
 from infexport.system.host import has_int8_products
+from infvit.stage_scope import StageScope
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -158,7 +159,7 @@ class OrtStages:
         """
         self._open(stage.graph)
         values = dict(feeds)
-        if stage.over == "image" and self.bundle.manifest.input == "float32":
+        if stage.over is StageScope.IMAGE and self.bundle.manifest.input == "float32":
             values["image"] = normalise(values["image"], self.bundle.manifest.preprocessing)
         try:
             outputs = self._session.run(None, values)  # in the stage's order

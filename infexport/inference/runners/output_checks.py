@@ -11,19 +11,20 @@ from numpy.typing import NDArray
 
 from infexport.errors import LastingError
 from infexport.inference.centrality import CENTRALITY
+from infvit.config import InfViTConfig
 
 
-def check_answer(graph: Path, found: Mapping[str, NDArray[Any]], config: Mapping[str, Any], images: int) -> None:
+def check_answer(graph: Path, found: Mapping[str, NDArray[Any]], config: InfViTConfig, images: int) -> None:
     """Refuse an answer that is not what the manifest's config says: whoever reads it takes it to be."""
-    _check_shape(graph, found, "logits", (images, config["num_classes"]))
-    _check_shape(graph, found, "features", (images, config["embed_dim"]))
+    _check_shape(graph, found, "logits", (images, config.num_classes))
+    _check_shape(graph, found, "features", (images, config.embed_dim))
 
 
 def check_centrality(
-    graph: Path, found: Mapping[str, NDArray[Any]], config: Mapping[str, Any], images: Sequence[int]
+    graph: Path, found: Mapping[str, NDArray[Any]], config: InfViTConfig, images: Sequence[int]
 ) -> None:
-    tokens = images[1] * images[2] // config["patch_size"] ** 2 + 1
-    _check_shape(graph, found, CENTRALITY, (images[0], config["depth"], config["num_heads"], tokens))
+    tokens = images[1] * images[2] // config.patch_size**2 + 1
+    _check_shape(graph, found, CENTRALITY, (images[0], config.depth, config.num_heads, tokens))
 
 
 def _check_shape(graph: Path, found: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> None:

@@ -42,7 +42,7 @@ class StreamRunner:
         return True
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        patch = self._bundle.manifest.config["patch_size"]
+        patch = self._bundle.manifest.config.patch_size
         found = [
             stream(self._bundle, self.stages, Source(ArrayRows(image), patch, "pad"), chunk=self.chunk)
             for image in images

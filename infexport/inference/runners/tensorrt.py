@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.bundle import ENGINES, Bundle
+from infexport.bundle.engine_record import Engine
 from infexport.bundle.manifest import MODEL, Stage
 from infexport.errors import InfexportError
 from infexport.images.preprocess import normalise
@@ -21,6 +22,7 @@ from infexport.inference.engine_selection import EngineSet, Kind, build_command
 from infexport.inference.runners import Placement
 from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, log_of
 from infexport.system.dependencies import require
+from infvit.stage_scope import StageScope
 
 STRIP_ROWS = 8
 """Rows of patches of a strip, at most: the image stage's memory is what rows and columns may be at once."""
@@ -32,18 +34,19 @@ class EngineSession:
 
     Args:
         bundle: the folder it lies in.
-        facts: its sidecar, as of `Bundle.engines`.
+        engine: one that is current.
         stages: the bundle has some to build engines for.
 
     Raises:
         InfexportError: the library is missing or refuses the engine, or the GPU has no room for it.
     """
 
-    def __init__(self, bundle: Path, facts: Mapping[str, Any], stages: bool = True) -> None:
-        self._bundle, self._facts, self._stages = bundle, facts, stages
+    def __init__(self, bundle: Path, engine: Engine, stages: bool = True) -> None:
+        self._bundle, self._file, self._record, self._stages = bundle, engine.file, engine.recorded, stages
+        record = engine.recorded
         self._lock = threading.Lock()
-        require("polygraphy", extra=facts["backend"])
-        backend = BACKENDS[facts["backend"]]
+        require("polygraphy", extra=record.backend)
+        backend = BACKENDS[record.backend]
         trt = backend.load()
         log = log_of(trt)
         log.take()
@@ -54,8 +57,9 @@ class EngineSession:
 
                 G_LOGGER.module_severity, G_LOGGER.colors = G_LOGGER.CRITICAL, False  # it prints to stdout
                 # what is loaded holds on to what it was loaded with
-                engine = trt.Runtime(log).deserialize_cuda_engine((bundle / ENGINES / facts["file"]).read_bytes())
-                context = engine and backend.context(engine, facts["sha256"], stack)
+                content = (bundle / ENGINES / engine.file).read_bytes()
+                loaded = trt.Runtime(log).deserialize_cuda_engine(content)
+                context = loaded and backend.context(loaded, record.sha256, stack)
                 if not context:
                     raise self._refused("\n".join(errors_in(log.take())) or "it does not say why")
                 self._runner = TrtRunner(context)
@@ -68,17 +72,16 @@ class EngineSession:
             self._stack = stack.pop_all()
 
     def _refused(self, details: str) -> InfexportError:
-        facts = self._facts
         return InfexportError(
-            f"{facts['backend']} refuses the engine {facts['file']}, or the GPU has no room for it",
+            f"{self._record.backend} refuses the engine {self._file}, or the GPU has no room for it",
             details,
             f"build it again here: {self._build()}",
         )
 
     def _build(self) -> str:
         """The command that builds it for this GPU."""
-        kind: Kind = "whole" if self._facts["chunk"] is None else "stream"
-        return build_command(self._bundle, self._facts["precision"], kind)
+        kind: Kind = "whole" if self._record.chunk is None else "stream"
+        return build_command(self._bundle, self._record.precision, kind)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """The engine's outputs by name.
@@ -93,33 +96,33 @@ class EngineSession:
                 return {name: np.array(value) for name, value in found.items()}  # its buffers are used again
         except Exception as error:  # Polygraphy's own, the library's, or ctypes'
             raise InfexportError(
-                f"the GPU failed in {self._facts['file']}", str(error), "smaller images or batches need less memory"
+                f"the GPU failed in {self._file}", str(error), "smaller images or batches need less memory"
             ) from error
 
     def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
-        for name, (low, _, high) in self._facts["profile"].items():
+        for name, shapes in self._record.profile.items():
             shape = list(feeds[name].shape) if name in feeds else []
-            if len(shape) != len(low) or any(not a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+            if not shapes.holds(shape):
                 raise InfexportError(
-                    f"{name} {shape} is outside what {self._facts['file']} was built for",
-                    f"expected {low} to {high}",
+                    f"{name} {shape} is outside what {self._file} was built for",
+                    f"expected {shapes.min} to {shapes.max}",
                     self._remedy(name, shape),
                 )
 
     def _remedy(self, name: str, shape: Sequence[int]) -> str:
         """Return what takes an input of this shape: other options, or an engine to be built."""
-        three, chunk = self._facts["profile"][name], self._facts["chunk"]
-        if len(shape) != len(three[0]):
+        shapes, chunk = self._record.profile[name], self._record.chunk
+        if len(shape) != len(shapes.min):
             return f"build it again here: {self._build()}"
         if chunk is not None:
             return f"its stages take at most {chunk} tokens at a time: --chunk {chunk}"
         first = 1 if name == "image" else 2  # of height and width
-        batches, heights, widths = ([each[axis] for each in (*three, shape)] for axis in (0, first, first + 1))
+        batches, heights, widths = ([each[axis] for each in (*shapes, shape)] for axis in (0, first, first + 1))
         sizes = zip(_reaching(heights), _reaching(widths), strict=True)
         options = "--sizes " + ",".join(f"{height}x{width}" for height, width in sizes)
         options += " --batch " + ",".join(map(str, _reaching(batches)))
         if self._stages:
-            stream = build_command(self._bundle, self._facts["precision"], "stream")
+            stream = build_command(self._bundle, self._record.precision, "stream")
             return f"{self._build()} {options}; or for images of any size: {stream}"
         return f"{self._build()} {options}"
 
@@ -128,14 +131,9 @@ class EngineSession:
 
 
 def _reaching(numbers: Sequence[int]) -> list[int]:
-    """Minimum, best and maximum, reaching to a fourth number."""
+    """Return min, opt and max that reach to a fourth number."""
     low, best, high, wanted = numbers
     return [min(low, wanted), best, max(high, wanted)]
-
-
-def version_of(facts: Mapping[str, Any]) -> str:
-    """What runs an engine, in words."""
-    return f"{facts['backend']} {facts['backend_version']}"
 
 
 class EngineRunner:
@@ -149,12 +147,12 @@ class EngineRunner:
     def __init__(self, bundle: Bundle, engines: EngineSet) -> None:
         self.bundle = bundle
         self.provider, self.precision = f"engine {engines.name}", engines.precision
-        self._facts = engines.engines[MODEL]
-        self.version = version_of(self._facts)
+        self._engine = engines.engines[MODEL]
+        self.version = engines.first.library
         self._session: EngineSession | None = None
 
     def __enter__(self) -> Self:
-        self._session = EngineSession(self.bundle.path, self._facts, self.bundle.manifest.stages is not None)
+        self._session = EngineSession(self.bundle.path, self._engine, self.bundle.manifest.stages is not None)
         return self
 
     def __exit__(
@@ -166,14 +164,13 @@ class EngineRunner:
 
     @property
     def placement(self) -> Placement:
-        layers = self._facts["layers"]
+        layers = self._engine.recorded.layers
         return {self.provider: Counter({kind: sum(types.values()) for kind, types in layers.items()})}
 
     def takes(self, shape: Sequence[int]) -> bool:
-        ((name, (low, _, high)),) = self._facts["profile"].items()
+        ((name, shapes),) = self._engine.recorded.profile.items()
         batch, height, width, channels = shape
-        given = list(shape) if name == "image" else [batch, channels, height, width]
-        return all(a <= n <= b for a, n, b in zip(low, given, high, strict=True))
+        return shapes.holds([batch, height, width, channels] if name == "image" else [batch, channels, height, width])
 
     def run(self, images: NDArray[np.uint8]) -> Arrays:
         assert self._session is not None, "enter the runner before running it"
@@ -197,8 +194,8 @@ class EngineStages:
         self.bundle = bundle
         self.provider, self.precision = f"engine {engines.name}", engines.precision
         self._engines = engines.engines
-        self.version = version_of(next(iter(self._engines.values())))
-        self.identity = {graph: facts["sha256"] for graph, facts in self._engines.items()}
+        self.version = engines.first.library
+        self.identity = {graph: engine.recorded.sha256 for graph, engine in self._engines.items()}
         self._sessions: dict[str, EngineSession] = {}
 
     def __enter__(self) -> Self:
@@ -220,7 +217,7 @@ class EngineStages:
         if stage.graph not in self._sessions:
             self._sessions[stage.graph] = EngineSession(self.bundle.path, self._engines[stage.graph])
         values = dict(feeds)
-        if stage.over == "image" and self.bundle.manifest.input == "float32":
+        if stage.over is StageScope.IMAGE and self.bundle.manifest.input == "float32":
             values["image"] = normalise(values["image"], self.bundle.manifest.preprocessing)
         found = self._sessions[stage.graph].run(values)
         # one value has one name in a graph: what goes in again comes out under another (`infexport.conversion.stages`)

@@ -6,7 +6,6 @@ import io
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from infexport.inference.centrality import CENTRALITY, Centrality, step_of, summ
 from infexport.inference.streaming.checksums import Tables
 from infexport.inference.streaming.driver import Array, Tokens
 from infexport.inference.streaming.token_store import Unproven, check_left, replace_file, scratch_errors
+from infvit.config import InfViTConfig
 
 EPSILON = 1e-6
 """Of `infsa_ops`, added to every divisor."""
@@ -36,14 +36,14 @@ class Maps:
     def __init__(
         self,
         stages: Sequence[Stage],
-        config: Mapping[str, Any],
+        config: InfViTConfig,
         grid: tuple[int, int],
         folder: Path | None,
         checksums: Tables,
     ) -> None:
         self._stages, self._config, self._grid, self._folder = stages, config, grid, folder
         self._checksums = checksums
-        self._step = step_of(grid, config["depth"] * config["num_heads"])
+        self._step = step_of(grid, config.depth * config.num_heads)
         self._layers: dict[int, Array] = {}
 
     def __call__(self, stage: int, tokens: Tokens, sums: Mapping[str, Array]) -> None:
@@ -86,11 +86,11 @@ class Maps:
 
     def result(self) -> Centrality:
         """The centrality of all layers, once the run is done."""
-        for layer in set(range(self._config["depth"])) - self._layers.keys():
+        for layer in set(range(self._config.depth)) - self._layers.keys():
             raise LastingError(f"the stages give no centrality of layer {layer}", hint="convert the checkpoint again")
         # [layers, heads, the class token and every cell]
-        found = np.stack([self._layers[layer].T for layer in range(self._config["depth"])])
-        if self._config["variant"] == "linear_infsa":
+        found = np.stack([self._layers[layer].T for layer in range(self._config.depth)])
+        if self._config.variant == "linear_infsa":
             found /= found.sum(-1, keepdims=True, dtype=np.float64).astype(np.float32) + np.float32(EPSILON)
         rows, columns = (-(-side // self._step) for side in self._grid)
         cells = found[..., 1:].reshape(*found.shape[:2], rows, columns)

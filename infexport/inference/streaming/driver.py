@@ -20,14 +20,13 @@ from infexport.images.strips import Source
 from infexport.inference.centrality import CENTRALITY
 from infexport.inference.streaming.checksums import Checksums, Tables
 from infexport.inference.streaming.token_store import Ring, Rows, Store
+from infvit.stage_scope import StageScope
 
 Array = NDArray[Any]
 Sums = dict[str, NDArray[np.float64]]
 
 BY_TOKEN = ("tokens", "q", "k", "v", "mixed", CENTRALITY)
 """What is kept, a row a token; what else the stages exchange are sums."""
-PAIR_CHUNKS = 4
-"""Chunks in a block of queries or keys: a block of keys is read for every block of queries."""
 RECORD_CHUNKS, RECORD_SECONDS = 16, 5.0
 """A run that can be resumed is recorded after so many chunks or seconds; the ring of tokens allows the chunks."""
 
@@ -108,10 +107,10 @@ def layout_of(stages: Sequence[Stage], rows: range, chunk: int, resumable: bool,
             needed = 0
             if name in stage.inputs:
                 # pairs read all rows until the last is written
-                needed = len(rows) if stage.over == "pairs" else min(len(rows), RECORD_CHUNKS * chunk * resumable)
+                needed = len(rows) if stage.over.is_pairwise else min(len(rows), RECORD_CHUNKS * chunk * resumable)
             spare[name] = max(spare.get(name, 0), needed)
             # the class token and the image are written as one
-            written[name] = written.get(name, 0) + (stage.over != "nothing")
+            written[name] = written.get(name, 0) + (stage.over is not StageScope.ONCE)
     return Layout(rows, spare, generations)
 
 
@@ -215,7 +214,7 @@ class Driver:
         for index in range(position.stage, len(self.stages)):
             stage = self.stages[index]
             stop = self.rows.stop
-            total = {"nothing": 1, "class_token": 1, "image": stop - 1}.get(stage.over, stop)
+            total = 1 if stage.over.runs_once else stop - (stage.over is StageScope.IMAGE)
             for done, outputs in self.units(index, position):  # noqa: B007  (the last are the result)
                 position.done = done
                 self.progress(index, done, total)
@@ -227,7 +226,7 @@ class Driver:
             if index + 1 < len(self.stages):
                 self.observe(index, self.tokens, position.added)
             # the image goes on with the sums that the class token began
-            begun = position.added if stage.over == "nothing" else {}
+            begun = position.added if stage.over is StageScope.ONCE else {}
             position = Position(
                 index + 1, 0, position.sums | position.added, begun, position.squares, position.checksums
             )
@@ -240,24 +239,24 @@ class Driver:
         """Run a stage from where the position is, unit by unit: rows that are done, and the unit's outputs."""
         stage, begin = self.stages[index], max(position.done, self.rows.start)
         sums = told(stage, position.sums)
-        if stage.over in ("nothing", "class_token"):
+        if stage.over.runs_once:
             feeds = {name: self.tokens.read(index, name, 0, 1) for name in stage.inputs if name in BY_TOKEN}
             yield 1, self._finish(index, position, 0, self.runner.run(stage, feeds | sums))
-        elif stage.over == "image":
+        elif stage.over is StageScope.IMAGE:
             patches = range(max(position.done, self.rows.start - 1), self.rows.stop - 1)
             for done, strip in self.source.strips(patches, self.chunk, self.runner.max_rows):
                 values = self.runner.run(stage, strip)
                 if values["tokens"].ndim != 3:
                     raise _misfit(stage, "tokens", values["tokens"])
                 yield done, self._finish(index, position, 1 + done - values["tokens"].shape[1], values)
-        elif stage.over == "tokens":
+        elif stage.over is StageScope.TOKENS:
             if "query" in stage.inputs and "query" not in sums:
                 sums["query"] = self.tokens.read(index, "q", 0, 1).copy()
             for start, stop in ranges(begin, self.rows.stop, self.chunk):
                 feeds = {name: self.tokens.read(index, name, start, stop) for name in stage.inputs if name in BY_TOKEN}
                 yield stop, self._finish(index, position, start, self.runner.run(stage, feeds | sums))
         else:
-            for start, stop in ranges(begin, self.rows.stop, PAIR_CHUNKS * self.chunk):
+            for start, stop in ranges(begin, self.rows.stop, stage.over.max_rows(self.chunk)):
                 yield stop, self._finish(index, position, start, self._pairs(index, start, stop, sums))
 
     def _pairs(self, index: int, start: int, stop: int, sums: Mapping[str, Array]) -> dict[str, Array]:
@@ -266,7 +265,7 @@ class Driver:
         outer = stage.inputs[0]
         block = self.tokens.read(index, outer, start, stop).copy()
         total: dict[str, Array] = {}
-        for first, last in ranges(self.rows.start, self.rows.stop, PAIR_CHUNKS * self.chunk):
+        for first, last in ranges(self.rows.start, self.rows.stop, stage.over.max_rows(self.chunk)):
             others = {
                 name: self.tokens.read(index, name, first, last)
                 for name in stage.inputs
@@ -284,7 +283,7 @@ class Driver:
                 if value.ndim != 3 or len(value) != 1 or start < 0 or start + value.shape[1] > self.rows.stop:
                     raise _misfit(stage, name, value)
                 self.tokens.write(index, name, start, value[0])
-            elif stage.over != "class_token":
+            elif stage.over is not StageScope.CLASS_TOKEN:
                 before = position.added.get(name)
                 if before is not None and before.shape != value.shape:
                     raise _misfit(stage, name, value)
@@ -307,14 +306,14 @@ def still_read(stages: Sequence[Stage], name: str, position: Position, rows: int
     stop = 0
     for stage in stages[position.stage :]:
         if name in stage.inputs:
-            stop = max(stop, 1 if stage.over == "class_token" else rows)
+            stop = max(stop, 1 if stage.over is StageScope.CLASS_TOKEN else rows)
         elif name == "q" and "query" in stage.inputs:
             stop = max(stop, 1)
         if name in stage.outputs:
             break
     here = stages[position.stage]
     # a pass over tokens may overwrite rows that it has read
-    return position.done if here.over == "tokens" and name in here.outputs else 0, stop
+    return position.done if here.over is StageScope.TOKENS and name in here.outputs else 0, stop
 
 
 def told(stage: Stage, sums: Mapping[str, Array]) -> dict[str, Array]:

@@ -22,7 +22,6 @@ from infexport.errors import InfexportError
 from infexport.images.strips import Source
 from infexport.inference.streaming.driver import (
     BY_TOKEN,
-    PAIR_CHUNKS,
     Array,
     Driver,
     Position,
@@ -35,6 +34,8 @@ from infexport.inference.streaming.driver import (
     told,
 )
 from infexport.inference.streaming.token_store import Stores
+from infvit.config import InfViTConfig
+from infvit.stage_scope import StageScope
 
 AHEAD = 2
 """Blocks of keys and values that are on their way while one is used."""
@@ -83,7 +84,7 @@ class Shard:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: InfViTConfig,
         stages: Sequence[Stage],
         runner: StageRunner,
         source: Source,
@@ -111,12 +112,12 @@ class Shard:
         for done, outputs in self._driver.units(index, position):  # noqa: B007
             self.done = done - self._rows.start
         self.done = len(self._rows)
-        return outputs if self._stages[index].over == "class_token" else position.added
+        return outputs if self._stages[index].over is StageScope.CLASS_TOKEN else position.added
 
     def block(self, index: int, start: int, stop: int) -> dict[str, Array]:
         """What other shards need of some of the rows, before a stage over pairs, or of the first its query."""
         stage = self._stages[index]
-        names = [name for name in stage.inputs[1:] if name in BY_TOKEN] if stage.over == "pairs" else ["q"]
+        names = [name for name in stage.inputs[1:] if name in BY_TOKEN] if stage.over.is_pairwise else ["q"]
         return {name: self._tokens.read(index, name, start, stop).copy() for name in names}
 
     def attend(self, index: int, block: Mapping[str, Array], sums: Mapping[str, Array], own: bool, first: bool) -> Sums:
@@ -132,7 +133,7 @@ class Shard:
         self.received += 0 if own else _size(block)
         stage = self._stages[index]
         added: Sums = {}
-        for start, stop in ranges(self._rows.start, self._rows.stop, PAIR_CHUNKS * self._chunk):
+        for start, stop in ranges(self._rows.start, self._rows.stop, StageScope.PAIRS.max_rows(self._chunk)):
             here = {stage.inputs[0]: self._tokens.read(index, stage.inputs[0], start, stop)}
             for name, value in self._runner.run(stage, {**here, **block, **sums}).items():
                 if name not in BY_TOKEN:
@@ -247,19 +248,19 @@ class Sharded:
             history.append(told(stage, sums))
             if "query" in stage.inputs:
                 history[-1]["query"] = self._team.value(self._team.tell(0, "block", index, 0, 1))["q"]
-            parts = self._pairs(index, history[-1]) if stage.over == "pairs" else self._sweep(index, history)
+            parts = self._pairs(index, history[-1]) if stage.over.is_pairwise else self._sweep(index, history)
             self._progress(index, self._total, self._total)
             if index + 1 == len(self._stages):
                 return parts[0]
             added = _added([begun, *parts])
             # the image goes on with the sums that the class token began
-            begun = added if stage.over == "nothing" else {}
+            begun = added if stage.over is StageScope.ONCE else {}
             sums |= added
         raise AssertionError("a run has stages")
 
     def _shards(self, stage: Stage) -> Sequence[int]:
         """Those that a stage concerns."""
-        return [0] if stage.over in ("nothing", "class_token") else range(len(self._team.rows))
+        return [0] if stage.over.runs_once else range(len(self._team.rows))
 
     def _sweep(self, index: int, history: Sequence[dict[str, Array]]) -> list[Sums]:
         """Of a stage, what every shard gives, in their order; `history` is what this stage and those before it take."""
@@ -281,7 +282,7 @@ class Sharded:
         Raises:
             Lost: it cannot be made by itself.
         """
-        if any(stage.over == "pairs" for stage in self._stages[: index + 1]):
+        if any(stage.over.is_pairwise for stage in self._stages[: index + 1]):
             raise Lost
         self._again(f"worker {shard + 1} was lost: doing its rows again")
         self._team.replace(shard)
@@ -310,7 +311,7 @@ class Sharded:
     def _blocks(self) -> Iterator[tuple[int, int, int]]:
         """Of all rows: the shard that has them, and where they start and stop."""
         for owner, rows in enumerate(self._team.rows):
-            for start, stop in ranges(rows.start, rows.stop, PAIR_CHUNKS * self._chunk):
+            for start, stop in ranges(rows.start, rows.stop, StageScope.PAIRS.max_rows(self._chunk)):
                 yield owner, start, stop
 
     def _again(self, message: str) -> None:
@@ -337,13 +338,13 @@ def _added(parts: Sequence[Sums]) -> Sums:
     return total
 
 
-def exchanged_bytes(config: Mapping[str, Any], workers: int) -> int:
+def exchanged_bytes(config: InfViTConfig, workers: int) -> int:
     """Bytes of the sums of Linear-InfSA that workers are told and give, whatever the size of the image.
 
     Per layer and worker the energies, H + E numbers, and the scores', H + H·E, given in float64 and told in float32;
     the last layer's go to one worker, which alone has the class token: its energies, the head, the answer.
     """
-    heads, width, depth = (config[name] for name in ("num_heads", "embed_dim", "depth"))
+    heads, width, depth = config.num_heads, config.embed_dim, config.depth
     energies, scores = heads + width, heads + heads * width
     layers = workers * (12 * depth * (energies + scores) - 4 * scores)
-    return layers + 8 * energies + 4 * (scores + config["num_classes"] + width)
+    return layers + 8 * energies + 4 * (scores + config.num_classes + width)

@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from infexport.errors import InfexportError, LastingError
 from infexport.inference.centrality import CENTRALITY
+from infvit.config import InfViTConfig
 
 Rows = NDArray[Any]
 
@@ -261,7 +262,7 @@ class Stores:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: InfViTConfig,
         precision: str,
         half: bool,
         folder: Path | None,
@@ -275,7 +276,7 @@ class Stores:
     def __call__(self, name: str, rows: int) -> Store:
         """A store of so many rows."""
         dtype = dtype_of(name, self._precision, self._half)
-        width = self._config["num_heads" if name == CENTRALITY else "embed_dim"]
+        width = self._config.num_heads if name == CENTRALITY else self._config.embed_dim
         store: Store
         if self._folder is None:
             store = MemoryStore(rows, width, dtype)

@@ -70,12 +70,13 @@ class Worker:
         import ray
 
         names = [os.fsdecode(name) for name in batch["file"]]
-        fatal, labels, config = False, None, {"num_classes": 1, "embed_dim": 1}
+        fatal, labels, widths = False, None, (1, 1)
         lost = ray.get(self._attempts.begin.remote(int(batch[PLACE][0]))) > RETRIES + 1
         rows: list[Row] = [Failure(name, InfexportError("given up")) for name in names]
         try:
             rows = rows if lost else self._predictor.predict(names, self._heard)
-            labels, config = self._predictor.bundle.labels, self._predictor.bundle.manifest.config
+            bundle = self._predictor.bundle
+            labels, widths = bundle.labels, (bundle.manifest.config.num_classes, bundle.manifest.config.embed_dim)
         except InfexportError as error:  # of which Ray Data would leave a text
             rows, fatal = [Failure(name, error) for name in names], True
         except Exception as error:  # no worker has died of it
@@ -83,7 +84,7 @@ class Worker:
                 raise
             text = scrubbed(f"{type(error).__name__}: {' '.join(str(error).split())}", *filter(is_url, names))
             rows = [Failure(names[0], InfexportError("a worker failed", text, "run this image without --ray"))]
-        columns = columns_of(rows, labels, config["num_classes"], config["embed_dim"])
+        columns = columns_of(rows, labels, *widths)
         heard = "\n".join("\t".join(told) for told in self._heard.ran)
         count = len(rows)
         states = {FATAL: np.full(count, fatal), LOST: np.full(count, lost), RAN: np.array([heard] * count, np.str_)}

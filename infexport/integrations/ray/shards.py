@@ -81,7 +81,7 @@ class Worker:
         assert self._stages is not None, "opened"
         bundle, options = self._opened, self._options
         source = self._source(image)
-        chunk, patch = self._chunk, bundle.manifest.config["patch_size"]
+        chunk, patch = self._chunk, bundle.manifest.config.patch_size
         needed = source.rows.loaded + memory.streamed(
             bundle.manifest, len(rows), source.grid[1] * patch, chunk, options.half, False, False
         )

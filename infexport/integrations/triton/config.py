@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infexport.bundle import Bundle
+from infexport.bundle.engine_record import ShapeRange
 from infexport.bundle.manifest import Manifest
 from infexport.errors import InfexportError
 from infexport.inference.runners.onnxruntime import Port
@@ -18,7 +19,6 @@ PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan", "py
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
 """Dtype as NumPy calls it → as Triton does."""
 
-Range = Sequence[Sequence[int]]
 """Smallest, best and largest shape, as sidecars of engines have it."""
 
 
@@ -68,7 +68,7 @@ def config_of(bundle: Bundle, service: Service, best: Sequence[int] | None = Non
     config.max_batch_size = service.max_batch_size
     name, dtype, dims, trained = _input(manifest, service)
     config.input.add(name=name, data_type=DataType.Value(TYPES[dtype]), dims=dims)
-    for output, width in (("logits", manifest.config["num_classes"]), ("features", manifest.config["embed_dim"])):
+    for output, width in (("logits", manifest.config.num_classes), ("features", manifest.config.embed_dim)):
         config.output.add(name=output, data_type=DataType.TYPE_FP32, dims=[width])
     if bundle.labels is not None:
         config.output[0].label_filename = LABELS
@@ -89,7 +89,7 @@ def config_of(bundle: Bundle, service: Service, best: Sequence[int] | None = Non
 
 def _input(manifest: Manifest, service: Service) -> tuple[str, str, list[int], list[int]]:
     """Name, dtype, dims without the batch, and those of an image of the trained size."""
-    side = manifest.config["image_size"]
+    side = manifest.config.image_size
     if service.backend == "python" or manifest.input == "uint8":
         return "image", "uint8", [-1, -1, 3], [side, side, 3]
     return "pixels", "float32", [3, -1, -1], [3, side, side]
@@ -137,7 +137,7 @@ def check_config(
     name: str,
     inputs: Sequence[Port],
     outputs: Sequence[Port],
-    profile: Mapping[str, Range] | None = None,
+    profile: Mapping[str, ShapeRange] | None = None,
 ) -> Any:
     """A `config.pbtxt`, judged by what Triton's message does not hold it to: the graph.
 
@@ -199,7 +199,7 @@ def _wrong_labels(file: Path, output: Any) -> list[str]:
     )
 
 
-def _wrong_warmup(warmup: Any, config: Any, profile: Mapping[str, Range]) -> list[str]:
+def _wrong_warmup(warmup: Any, config: Any, profile: Mapping[str, ShapeRange]) -> list[str]:
     """Whether the first request is one that the model takes: Triton finds out when it loads the model."""
     wrong = []
     for tensor in config.input:

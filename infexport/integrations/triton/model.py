@@ -48,7 +48,7 @@ class TritonPythonModel:
             batch_size=config["max_batch_size"],
         )
         try:
-            side = self._predictor.bundle.manifest.config["image_size"]
+            side = self._predictor.bundle.manifest.config.image_size
             (row,) = self._predictor.predict([np.zeros((side, side, 3), np.uint8)])
             if isinstance(row, Failure):
                 raise row.error

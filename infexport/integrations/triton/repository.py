@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infexport.bundle import ENGINES, Bundle, open_bundle
+from infexport.bundle.engine_record import Engine
 from infexport.bundle.manifest import FILE, MODEL, check_outside_bundles
 from infexport.errors import InfexportError
 from infexport.inference.engine_selection import EngineSet, sets_of
 from infexport.inference.runners.onnxruntime import OrtRunner, Port
-from infexport.integrations.triton.config import CONFIG, LABELS, Range, Service, check_config, config_of, write_config
+from infexport.integrations.triton.config import CONFIG, LABELS, Service, check_config, config_of, write_config
 from infexport.system.atomic_files import create_folder
 from infexport.system.dependencies import require
 from infexport.system.untrusted_files import listed
@@ -31,12 +32,12 @@ class Packaged:
     Attributes:
         path: its folder.
         config: Triton's message, as read back.
-        engine: sidecar of the engine that Triton itself runs.
+        engine: that Triton itself runs.
     """
 
     path: Path
     config: Any
-    engine: Mapping[str, Any] | None = None
+    engine: Engine | None = None
 
 
 def name_of(bundle: Bundle) -> str:
@@ -65,7 +66,7 @@ def package(bundle: Bundle, repository: Path, service: Service, force: bool = Fa
         )
     if (repository / FILE).exists():
         raise InfexportError(f"the output is a bundle: {repository}", hint="name a folder of its own for the models")
-    side = bundle.manifest.config["image_size"]
+    side = bundle.manifest.config.image_size
     if service.backend == "python" and service.max_pixels < side * side:
         raise InfexportError(
             "images of the trained size would be refused",
@@ -81,8 +82,8 @@ def package(bundle: Bundle, repository: Path, service: Service, force: bool = Fa
         if bundle.labels is not None:
             lines = [" ".join(label.split()) for label in bundle.labels]
             (folder / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        profile: dict[str, Range] | None = engine and engine["profile"]
-        best = None if profile is None else next(iter(profile.values()))[1]
+        profile = None if engine is None else engine.recorded.profile
+        best = None if profile is None else next(iter(profile.values())).opt
         write_config(config_of(bundle, service, best), folder / CONFIG)
         config = check_config(folder / CONFIG, service.name, inputs, outputs, profile)
     return Packaged(path, config, engine)
@@ -133,8 +134,8 @@ def _engines(bundle: Bundle, name: str | None, backend: str | None = None) -> En
     )
 
 
-Filled = tuple[Bundle, dict[str, Any] | None]
-"""The bundle whose graph is served, and the sidecar of the engine where Triton itself runs one."""
+Filled = tuple[Bundle, Engine | None]
+"""The bundle whose graph is served, and the engine where Triton itself runs one."""
 
 
 def _fill_onnxruntime(bundle: Bundle, service: Service, version: Path) -> Filled:
@@ -145,7 +146,7 @@ def _fill_onnxruntime(bundle: Bundle, service: Service, version: Path) -> Filled
 
 def _fill_tensorrt(bundle: Bundle, service: Service, version: Path) -> Filled:
     (engine,) = _engines(bundle, service.engine, "tensorrt").engines.values()
-    shutil.copyfile(bundle.path / ENGINES / engine["file"], version / "model.plan")
+    shutil.copyfile(bundle.path / ENGINES / engine.file, version / "model.plan")
     return bundle, engine
 
 
@@ -156,8 +157,8 @@ def _fill_python(bundle: Bundle, service: Service, version: Path) -> Filled:
         # those that stream have the same name, and are served where there are any
         streaming = [each for each in sets_of(bundle, "stream") if each.name == engines.name]
         for each in (engines, *streaming):
-            for facts in each.engines.values():
-                files += [f"{ENGINES}/{facts['file']}", f"{ENGINES}/{facts['file']}.json"]
+            for engine in each.engines.values():
+                files += [f"{ENGINES}/{engine.file}", f"{ENGINES}/{engine.file}.json"]
     _copy(bundle, files, version / "bundle")
     shutil.copyfile(SERVED, version / SERVED.name)
     return open_bundle(version / "bundle"), None

@@ -6,24 +6,22 @@ from support import MODELS, relative_error
 
 from infexport.bundle import open_bundle
 from infexport.evaluation.synthetic_images import synthetic_image
-from infexport.images.preprocess import fit, transform_of
+from infexport.images.preprocess import fit
 from infexport.images.strips import ArrayRows, Source
-from infexport.inference import centrality as module
+from infexport.inference import centrality
 from infexport.inference.centrality import summed
 from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages
 from infexport.inference.streaming import stream
 
 
 def streamed(bundle, image, chunk):
-    source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
+    source = Source(ArrayRows(image), bundle.manifest.config.patch_size, "pad")
     with OrtStages(bundle, "cpu") as runner:
         return stream(bundle, runner, source, chunk=chunk, centrality=True)
 
 
 def whole(bundle, image):
-    fitted = fit(
-        image, bundle.manifest.config["patch_size"], "native", transform_of(bundle.manifest.preprocessing), "pad"
-    )
+    fitted = fit(image, bundle.manifest.config.patch_size, "native", bundle.manifest.preprocessing.transform, "pad")
     with OrtRunner(bundle, "cpu", centrality=True) as runner:
         return runner.run(fitted.pixels[None])["centrality"][0]
 
@@ -44,7 +42,7 @@ def test_where_it_is_much_it_is_summed_up(name, golden_bundle, monkeypatch):
     bundle, image = open_bundle(golden_bundle(name)), synthetic_image(100, 133)
     every = streamed(bundle, image, 64).centrality
     config = bundle.manifest.config
-    monkeypatch.setattr(module, "MOST_NUMBERS", config["depth"] * config["num_heads"] * 30)
+    monkeypatch.setattr(centrality, "MOST_NUMBERS", config.depth * config.num_heads * 30)
     found = streamed(bundle, image, 64).centrality
     assert found.step > 1
     assert found.cells[0, 0].size <= 30
@@ -63,7 +61,7 @@ def test_not_asked_for_it_costs_nothing(golden_bundle):
             called.append(stage.graph)
             return super().run(stage, feeds)
 
-    source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
+    source = Source(ArrayRows(image), bundle.manifest.config.patch_size, "pad")
     with Counting(bundle, "cpu") as runner:
         assert stream(bundle, runner, source, chunk=64).centrality is None
     assert called

@@ -275,7 +275,7 @@ def test_rounding_is_that_of_the_whole_run(image_file, tmp_path):
 
     def run(counting):
         with Scratch(tmp_path / "scratch", Identity([image_file], {}), print) as scratch:
-            source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
+            source = Source(ArrayRows(image), bundle.manifest.config.patch_size, "pad")
             return stream(bundle, counting, source, scratch, chunk=3, half=True)
 
     whole = Counting(runner)

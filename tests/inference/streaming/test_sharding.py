@@ -81,7 +81,7 @@ class Bundle:
 
     def __init__(self, path, image, chunk=40):
         self.bundle, self.chunk = open_bundle(path), chunk
-        self.source = Source(ArrayRows(image), self.bundle.manifest.config["patch_size"], "pad")
+        self.source = Source(ArrayRows(image), self.bundle.manifest.config.patch_size, "pad")
         self.stages = stages_of(self.bundle.manifest.stages, centrality=False)
 
     def __enter__(self):
@@ -163,8 +163,8 @@ def test_keys_and_values_are_exchanged_once_a_layer(golden_bundle):
         opened.run(3)
         config, tokens = opened.bundle.manifest.config, opened.source.tokens
         # keys and values, the keys alone in the last layer, go to each of the two others
-        rows = 2 * tokens * (2 * config["depth"] - 1)
-        assert sum(shard.received for shard in opened.team.shards) == rows * config["embed_dim"] * 4
+        rows = 2 * tokens * (2 * config.depth - 1)
+        assert sum(shard.received for shard in opened.team.shards) == rows * config.embed_dim * 4
 
 
 @given(height=st.integers(1, 50), width=st.integers(1, 50), data=st.data())

@@ -18,7 +18,7 @@ from infexport.bundle import open_bundle
 from infexport.evaluation.pytorch_reference import TorchRunner
 from infexport.evaluation.recorded_checkpoint import load_recorded
 from infexport.evaluation.synthetic_images import synthetic_image
-from infexport.images.preprocess import fit, transform_of
+from infexport.images.preprocess import fit
 from infexport.images.strips import ArrayRows, Source
 from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages
 from infexport.inference.streaming import stream
@@ -31,14 +31,14 @@ ZOO_MODELS = ["digits-linear", "digits-pure"]
 
 
 def streamed(bundle, image, chunk=1024, **options):
-    source = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad")
+    source = Source(ArrayRows(image), bundle.manifest.config.patch_size, "pad")
     with OrtStages(bundle, "cpu") as runner:
         return stream(bundle, runner, source, chunk=chunk, **options)
 
 
 def completed(bundle, image):
-    transform = transform_of(bundle.manifest.preprocessing)
-    return fit(image, bundle.manifest.config["patch_size"], "native", transform, "pad").pixels[None]
+    transform = bundle.manifest.preprocessing.transform
+    return fit(image, bundle.manifest.config.patch_size, "native", transform, "pad").pixels[None]
 
 
 def whole(bundle, image):
@@ -49,7 +49,7 @@ def whole(bundle, image):
 def exact(bundle, checkpoint, image):
     preprocessing = bundle.manifest.preprocessing
     loaded = load_recorded(checkpoint, bundle)
-    with TorchRunner(loaded, preprocessing["mean"], preprocessing["std"], torch.float64) as runner:
+    with TorchRunner(loaded, preprocessing.mean, preprocessing.std, torch.float64) as runner:
         return runner.run(completed(bundle, image))["logits"]
 
 
@@ -58,7 +58,7 @@ def exact(bundle, checkpoint, image):
 def test_every_chunk_gives_the_whole_graph_s_answer(name, size, golden_bundle):
     bundle, image = open_bundle(golden_bundle(name)), synthetic_image(*size)
     expected, truth = whole(bundle, image), exact(bundle, GOLDEN / f"{name}.safetensors", image)
-    tokens = Source(ArrayRows(image), bundle.manifest.config["patch_size"], "pad").tokens
+    tokens = Source(ArrayRows(image), bundle.manifest.config.patch_size, "pad").tokens
     for chunk in (1, 7, 256, 1024, tokens):
         found = streamed(bundle, image, chunk)
         assert relative_error(found.logits, expected["logits"][0]) <= 1e-5, chunk
@@ -100,7 +100,7 @@ def test_several_terms_of_the_neumann_series(converted):
 
 def test_terms_of_a_layer_share_a_graph(converted):
     stages = converted("torchvision_pure", "--neumann-terms", "3").manifest.stages
-    layers = converted("torchvision_pure").manifest.config["depth"]
+    layers = converted("torchvision_pure").manifest.config.depth
     for kind in ("again", "columnsagain"):
         again = [stage.graph for stage in stages if stage.graph.endswith(f"-{kind}.onnx")]
         assert len(again) == 2 * layers

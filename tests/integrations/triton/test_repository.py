@@ -114,7 +114,7 @@ def test_normalised_pixels_and_no_labels(infexport, golden_bundle, tmp_path):
     bundle = golden_bundle("reference_linear", "--input", "float32")
     for backend in ("onnxruntime", "python"):
         infexport("package", "triton", bundle, "-o", tmp_path, "--name", backend, "--backend", backend)
-    side = open_bundle(bundle).manifest.config["image_size"]
+    side = open_bundle(bundle).manifest.config.image_size
     config = config_in(tmp_path / "onnxruntime")
     assert [*map(shape_of, config.input)] == [("pixels", 11, [3, -1, -1])]
     assert list(config.model_warmup[0].inputs["pixels"].dims) == [3, side, side]
@@ -296,9 +296,9 @@ def test_a_graph_of_fixed_batch_is_found(infexport, digits, tmp_path):
 
 
 def test_the_extra_is_named(infexport, digits, tmp_path, monkeypatch):
-    from infexport.system import dependencies as extras
+    from infexport.system import dependencies
 
-    monkeypatch.setattr(extras, "installed", lambda module: module != "grpc")
+    monkeypatch.setattr(dependencies, "installed", lambda module: module != "grpc")
     told = infexport("package", "triton", digits, "-o", tmp_path, exit_code=2).stderr
     assert "pip install 'infexport[triton]'" in told
 
