@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from infexport.bundle.integrity import DIGEST, SEAL
@@ -29,7 +29,7 @@ class ShapeRange(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """An engine as its sidecar describes it.
 
@@ -57,21 +57,21 @@ class EngineRecord:
     target: str
     compute_capability: str
     precision: str
-    calibration: Calibration | None
+    calibration: Calibration | None = None
     chunk: int | None
     backend: str
-    versions: dict[str, str]
-    gpu: Gpu | None
-    caveat: str
-    checkpoint: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    gpu: Gpu | None = None
+    caveat: str = ""
+    checkpoint: dict[str, str] = field(default_factory=dict)
     backend_version: str
     graph: dict[str, str]
     profile: dict[str, ShapeRange]
     sha256: str
-    bytes: int
-    seconds: float
+    bytes: int = 0
+    seconds: float = 0.0
     layers: dict[str, dict[str, int]]
-    log: list[str]
+    log: list[str] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineRecord:
@@ -84,10 +84,9 @@ class EngineRecord:
         if not _is_sidecar(fields):
             raise ValueError("the sidecar is not as infexport wrote it")
         try:
-            if fields["calibration"] is not None:
-                fields["calibration"] = Calibration(**fields["calibration"])
-            if fields["gpu"] is not None:
-                fields["gpu"] = Gpu(**fields["gpu"])
+            for name, kind in (("calibration", Calibration), ("gpu", Gpu)):
+                if fields.get(name) is not None:
+                    fields[name] = kind(**fields[name])
             fields["profile"] = {name: ShapeRange(*shapes) for name, shapes in fields["profile"].items()}
             return cls(**fields)
         except TypeError as error:
@@ -137,13 +136,12 @@ class Engine:
 
 def _is_sidecar(fields: Mapping[str, Any]) -> bool:
     """Tell whether a sidecar has all that the tool relies on, of the right types."""
-    texts = ("target", "compute_capability", "precision", "backend", "backend_version", "sha256", "caveat")
+    texts = ("target", "compute_capability", "precision", "backend", "backend_version", "sha256")
     graph, profile, chunk, layers = (fields.get(name) for name in ("graph", "profile", "chunk", "layers"))
     images = profile.get("image", profile.get("pixels")) if isinstance(profile, dict) else None
     return (
-        fields.keys() == {field.name for field in dataclasses.fields(EngineRecord)}
-        and all(isinstance(fields[name], str) for name in texts)
-        and all(isinstance(fields[name], dict | None) for name in ("calibration", "gpu"))
+        all(isinstance(fields.get(name), str) for name in texts)
+        and all(isinstance(fields.get(name), dict | None) for name in ("calibration", "gpu"))
         and isinstance(graph, dict)
         and any(name.endswith(".onnx") for name in graph)
         and isinstance(profile, dict)
@@ -151,6 +149,7 @@ def _is_sidecar(fields: Mapping[str, Any]) -> bool:
         # of the whole graph it is the images alone
         and (MODEL not in graph or (len(profile) == 1 and images is not None and len(images[0]) == 4))
         and fields["precision"] in ENGINE_PRECISIONS
+        and "chunk" in fields
         and (chunk is None or (type(chunk) is int and chunk > 0))
         and isinstance(layers, dict)
         and all(isinstance(types, dict) and _is_shape([*types.values()]) for types in layers.values())

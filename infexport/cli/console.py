@@ -98,7 +98,7 @@ def _in_a_line(text: str) -> str:
     return printable(text.replace("\n", "\\n"))
 
 
-class Sweeps:
+class TokenPasses:
     """The sweeps of streamed images on stderr, with rate and time left: a line that changes on a terminal, else one now
     and then.
 
@@ -127,7 +127,7 @@ class Sweeps:
             return
         self._told = now
         name, of = printable(Path(file).name), len(self._names)
-        text = f"{name}: sweep {stage + 1} of {of}, {self._names[stage]}, {done / total:4.0%}"
+        text = f"{name}: pass {stage + 1} of {of}, {self._names[stage]}, {done / total:4.0%}"
         if done > self._first and seconds > 0:
             rate = (done - self._first) / seconds
             text += f", {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left in it"

@@ -1,4 +1,4 @@
-"""A run as a person sees it."""
+"""Progress as a person sees it."""
 
 from __future__ import annotations
 
@@ -6,52 +6,81 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from infexport.bundle import Bundle
-from infexport.cli.console import Output, Sweeps
-from infexport.inference.executor import Listener
-from infexport.inference.prediction import Prediction
+from infexport.cli.console import Output, Phases, TokenPasses
+from infexport.inference.prediction import Answered, Prediction
 from infexport.inference.runners.onnxruntime import remarks
 from infexport.inference.streaming.driver import stages_of
+from infexport.system.progress import (
+    ItemsDone,
+    PhaseProgress,
+    ProgressEvent,
+    ProgressListener,
+    SessionOpened,
+    StageProgress,
+    Status,
+)
 
 
-class Told(Listener):
-    """Tells stderr of a run.
+class ConsoleProgress(ProgressListener):
+    """Shows progress on stderr.
 
     Args:
         out: whose stderr.
-        bundle: that is run.
-        bar: of the images, with an `update(n)`.
+        bar: of the items, with an `update(n)`; None where there is none.
+        bundle: that is run, where images are.
         centrality: of tokens is asked for.
-        sinks: each is given every answer, and the index of its image.
+        sinks: each is given the index of every image that has its prediction, and that.
     """
 
     def __init__(
         self,
         out: Output,
-        bundle: Bundle,
-        bar: Any,
+        bar: Any = None,
+        bundle: Bundle | None = None,
         centrality: bool = False,
         sinks: Sequence[Callable[[int, Prediction], None]] = (),
     ) -> None:
         self._out, self._bar, self._sinks = out, bar, sinks
-        stages = stages_of(bundle.manifest.stages or (), centrality)
-        self._sweeps = Sweeps(out, [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in stages])
+        stages = stages_of((bundle and bundle.manifest.stages) or (), centrality)
+        self._passes = TokenPasses(out, [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in stages])
         self._remarked: set[str] = set()
 
-    def image(self, done: int) -> None:
-        self._bar.update(done)
+    def on_event(self, event: ProgressEvent) -> None:
+        match event:
+            case Status(message):
+                self._out.status(message)
+            case ItemsDone(count):
+                self._bar.update(count)
+            case Answered(index, prediction):
+                for sink in self._sinks:
+                    sink(index, prediction)
+            case SessionOpened(provider, precision):
+                self._out.status(f"running on {provider} with {precision}")
+                for line in set(remarks(precision, provider)) - self._remarked:
+                    self._remarked.add(line)
+                    self._out.warning(line)
+            case StageProgress(file, stage, done, total):
+                self._passes(file, stage, done, total)
 
-    def answer(self, index: int, answer: Prediction) -> None:
-        for sink in self._sinks:
-            sink(index, answer)
 
-    def status(self, message: str) -> None:
-        self._out.status(message)
+class BuildProgress(ProgressListener):
+    """Shows the phases of a build on stderr.
 
-    def running(self, provider: str, precision: str) -> None:
-        self._out.status(f"running on {provider} with {precision}")
-        for line in set(remarks(precision, provider)) - self._remarked:
-            self._remarked.add(line)
-            self._out.warning(line)
+    Args:
+        out: whose stderr.
+    """
 
-    def sweep(self, file: str, stage: int, done: int, total: int) -> None:
-        self._sweeps(file, stage, done, total)
+    def __init__(self, out: Output) -> None:
+        self._out, self._phases = out, Phases()
+
+    def on_event(self, event: ProgressEvent) -> None:
+        match event:
+            case Status(message):
+                self.clear()
+                self._out.status(message)
+            case PhaseProgress(name, done, total):
+                self._phases(name, done, total)
+
+    def clear(self) -> None:
+        """Make room for another line."""
+        self._phases.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ from infexport.errors import InfexportError
 from infexport.images.decode import read_image
 from infexport.images.preprocess import Preprocessing, fit, normalise
 from infexport.inference.runners.onnxruntime import session_of
+from infexport.system.progress import (
+    ItemsDone,
+    ProgressListener,
+)
 
 
 def batches(
@@ -26,7 +30,7 @@ def batches(
     patch: int,
     preprocessing: Preprocessing,
     takes: str,
-    progress: Callable[[int], None],
+    listener: ProgressListener,
 ) -> Iterator[NDArray[Any]]:
     """Images by the evaluation transform, as a graph that takes `uint8` or `float32` has them, one at a time.
 
@@ -37,7 +41,7 @@ def batches(
     for file in files:
         image = fit(read_image(file), patch, "trained", transform, "pad").pixels[None]
         yield image if takes == "uint8" else normalise(image, preprocessing)
-        progress(1)
+        listener.on_event(ItemsDone())
 
 
 def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:

@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ from infexport.conversion.weights import Beside
 from infexport.errors import InfexportError
 from infexport.images.preprocess import Preprocessing
 from infexport.inference.centrality import CENTRALITY
+from infexport.system.progress import (
+    SILENT,
+    ProgressListener,
+    Status,
+)
 from infexport.system.untrusted_files import json_of, read_small
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
@@ -57,7 +62,11 @@ OUTPUTS = ("logits", "features")
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the user said; None where they said nothing."""
+    """Options of a conversion, checked when they are made; None where the user did not say.
+
+    Raises:
+        InfexportError: options that exclude each other.
+    """
 
     variant: str | None = None
     num_heads: int | None = None
@@ -75,6 +84,16 @@ class ConvertOptions:
     calibrate: tuple[Path, ...] = ()
     fold: bool = True
     force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.neumann_terms is not None and self.neumann_tol is not None:
+            raise InfexportError("--neumann-terms and --neumann-tol exclude each other", hint="give one")
+        if self.calibrate and self.precision != "int8":
+            raise InfexportError(
+                "--calibrate is for --precision int8",
+                f"received --precision {self.precision}, which has no ranges to fix",
+                "leave out one of the two",
+            )
 
 
 def read_checkpoint(path: Path, options: ConvertOptions) -> Checkpoint:
@@ -105,8 +124,7 @@ def convert(
     path: Path,
     output: Path,
     options: ConvertOptions,
-    status: Callable[[str], None],
-    progress: Callable[[int], None] = lambda done: None,
+    listener: ProgressListener = SILENT,
 ) -> Bundle:
     """Convert a checkpoint to a bundle.
 
@@ -114,14 +132,13 @@ def convert(
         path: a `.pth`, `.pt` or `.safetensors` file or a Hugging Face folder.
         output: the bundle to make; it appears when it is whole.
         options: what the checkpoint does not say.
-        status: told of every step.
-        progress: told of every calibration image that is done, with 1.
+        listener: told of every step, and of every calibration image that is done.
 
     Raises:
         InfexportError: bad input, or an output that cannot be written.
     """
     with create_bundle(output, options.force) as folder:
-        status(f"reading {path}")
+        listener.on_event(Status(f"reading {path}"))
         checkpoint = read_checkpoint(path, options)
         network = build_network(checkpoint)
         overridden = list(checkpoint.overridden)
@@ -135,13 +152,13 @@ def convert(
             (folder / LABELS).write_text(text + "\n", encoding="utf-8")
         exported = fold(network) if options.fold else network
         model = ImageModel(exported, preprocessing.mean, preprocessing.std, options.input, options.fold).eval()
-        status("exporting to ONNX")
-        images = batches(options.calibrate, network.config.patch_size, preprocessing, options.input, progress)
+        listener.on_event(Status("exporting to ONNX"))
+        images = batches(options.calibrate, network.config.patch_size, preprocessing, options.input, listener)
         met, beside = _write_whole(model, folder / MODEL, options.precision, images if options.calibrate else None)
         stages = None
         if options.fold:
             stages = beside.save_stages(_lowered_stages(model, options.precision, met))
-        status("hashing")
+        listener.on_event(Status("hashing"))
         manifest = Manifest(
             config=network.config,
             layout=checkpoint.layout,

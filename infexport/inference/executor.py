@@ -25,33 +25,22 @@ from infexport.images.strips import ArrayRows, Rows, Source, files_of, open_rows
 from infexport.inference.centrality import CENTRALITY, of_tokens
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import Image, Way, choose, usual_memory
-from infexport.inference.prediction import Failure, Prediction, Row
+from infexport.inference.prediction import Answered, Failure, Prediction, Row
 from infexport.inference.runners import Deployed, Stages, spread
 from infexport.inference.runners.factory import Opening
 from infexport.inference.streaming import CHUNK, stream
 from infexport.inference.streaming.resume import Identity, Scratch
 from infexport.system.host import cache_folder, usable_cores
+from infexport.system.progress import (
+    ItemsDone,
+    ProgressEvent,
+    ProgressListener,
+    SessionOpened,
+    StageProgress,
+    Status,
+)
 
 T = TypeVar("T")
-
-
-class Listener:
-    """Receives progress events; ignores them by default. It may call the predictor; what it raises ends the call."""
-
-    def image(self, done: int) -> None:
-        """So many more images are done."""
-
-    def answer(self, index: int, answer: Prediction) -> None:
-        """Of the image of this index."""
-
-    def status(self, message: str) -> None:
-        """Something a person would like to know."""
-
-    def running(self, provider: str, precision: str) -> None:
-        """A session has been opened on a provider, in a precision."""
-
-    def sweep(self, file: str, stage: int, done: int, total: int) -> None:
-        """So many of the rows of a stage are done, of an image that is streamed."""
 
 
 class Run:
@@ -85,7 +74,7 @@ class Run:
         self._noted = False
 
     def __call__(
-        self, images: Sequence[Item], listener: Listener | None = None, keep_centrality: bool = True
+        self, images: Sequence[Item], listener: ProgressListener | None = None, keep_centrality: bool = True
     ) -> list[Row]:
         """Return a row for every image, in their order: what is wrong with an image is a failure of that image.
 
@@ -101,7 +90,7 @@ class Run:
         with self._lock:
             self._calls += 1
         try:
-            return _Call(self, images, listener or Listener(), keep_centrality).run()
+            return _Call(self, images, listener or ProgressListener(), keep_centrality).run()
         finally:
             with self._lock:
                 self._calls -= 1
@@ -120,7 +109,7 @@ class Run:
         self._closing = False
         self._sessions.close()
 
-    def runner(self, listener: Listener) -> Deployed:
+    def runner(self, listener: ProgressListener) -> Deployed:
         """The runner of the whole graph, which is loaded when the first image needs it."""
         with self._lock:
             first = self._runner is None
@@ -128,12 +117,12 @@ class Run:
                 self._runner = self._sessions.enter_context(self.opening.runner())
             runner = self._runner
         if first:  # told without the lock: the listener may wait for others, or fail
-            listener.running(runner.provider, runner.precision)
+            listener.on_event(SessionOpened(runner.provider, runner.precision))
             if runner.provider != "cpu" and (split := spread(runner.placement)):
-                listener.status(f"{split}; infexport inspect --provider {self.options.provider} shows which")
+                listener.on_event(Status(f"{split}; infexport inspect --provider {self.options.provider} shows which"))
         return runner
 
-    def stages(self, listener: Listener) -> Stages:
+    def stages(self, listener: ProgressListener) -> Stages:
         """The runner of the stages, to be used by who holds `streaming`."""
         with self._lock:
             first = self._stages is None
@@ -141,50 +130,35 @@ class Run:
                 self._stages = self._sessions.enter_context(self.opening.stages())
             stages = self._stages
         if first:
-            listener.running(stages.provider, stages.precision)
+            listener.on_event(SessionOpened(stages.provider, stages.precision))
         return stages
 
-    def on_gpu(self, listener: Listener) -> bool:
+    def on_gpu(self, listener: ProgressListener) -> bool:
         """Tell whether images that are run whole are run on a GPU; the first call hears why engines are not used."""
         with self._lock:
             engines = bool(self.opening.engines)  # looked for once
             first, self._noted = not self._noted, True
         for note in self.opening.notes if first else ():
-            listener.status(note)
+            listener.on_event(Status(note))
         if self._on_gpu is None:
             self._on_gpu = engines or (self.opening.seeks_gpu and self.runner(listener).provider != "cpu")
         return self._on_gpu
 
 
-class _Heard(Listener):
+class _RecordingListener(ProgressListener):
     """Hands all on to another listener; keeps what that raises, which is no image's failure.
 
     Attributes:
         error: that was raised, or None.
     """
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: ProgressListener) -> None:
         self._listener = listener
         self.error: Exception | None = None
 
-    def image(self, done: int) -> None:
-        self._tell("image", done)
-
-    def answer(self, index: int, answer: Prediction) -> None:
-        self._tell("answer", index, answer)
-
-    def status(self, message: str) -> None:
-        self._tell("status", message)
-
-    def running(self, provider: str, precision: str) -> None:
-        self._tell("running", provider, precision)
-
-    def sweep(self, file: str, stage: int, done: int, total: int) -> None:
-        self._tell("sweep", file, stage, done, total)
-
-    def _tell(self, method: str, *arguments: Any) -> None:
+    def on_event(self, event: ProgressEvent) -> None:
         try:
-            getattr(self._listener, method)(*arguments)
+            self._listener.on_event(event)
         except Exception as error:
             self.error = error
             raise
@@ -193,8 +167,13 @@ class _Heard(Listener):
 class _Call:
     """One call of a `Run`: reads every image, plans how it is run, and batches or streams it."""
 
-    def __init__(self, run: Run, images: Sequence[Item], listener: Listener, keep_centrality: bool) -> None:
-        self._run, self._bundle, self._options, self._listener = run, run.bundle, run.options, _Heard(listener)
+    def __init__(self, run: Run, images: Sequence[Item], listener: ProgressListener, keep_centrality: bool) -> None:
+        self._run, self._bundle, self._options, self._listener = (
+            run,
+            run.bundle,
+            run.options,
+            _RecordingListener(listener),
+        )
         self._keep_centrality = keep_centrality
         self._images, self._rows = list(images), dict[int, Row]()
         self._transform = run.bundle.manifest.preprocessing.transform
@@ -210,14 +189,14 @@ class _Call:
         for index in range(len(self._images)):
             whole = self._read_or_stream(index)
             if whole is None:
-                self._listener.image(1)
+                self._listener.on_event(ItemsDone(1))
                 continue
             for batch in batches.add(index, whole):
                 self._run_whole(batch)
-                self._listener.image(len(batch))
+                self._listener.on_event(ItemsDone(len(batch)))
         for batch in batches.rest():
             self._run_whole(batch)
-            self._listener.image(len(batch))
+            self._listener.on_event(ItemsDone(len(batch)))
         self._tell_unused()
         return [self._rows[index] for index in range(len(self._images))]
 
@@ -303,7 +282,7 @@ class _Call:
         if answer is not None:
             self._answer(index, answer)
 
-    def _opened(self, indices: Sequence[int], opens: Callable[[Listener], T]) -> T | None:
+    def _opened(self, indices: Sequence[int], opens: Callable[[ProgressListener], T]) -> T | None:
         """A runner; where it cannot be opened, a call that has answers keeps them, and these images fail."""
         if not any(isinstance(row, Prediction) for row in self._rows.values()):
             return opens(self._listener)
@@ -319,7 +298,7 @@ class _Call:
             if way == "disk":
                 root = options.scratch or cache_folder()
                 identity = self._identity(item if is_url(item) else image, image, source.rows, stages)
-                scratch = stack.enter_context(Scratch(root, identity, listener.status))
+                scratch = stack.enter_context(Scratch(root, identity, listener))
             found = stream(
                 self._bundle,
                 stages,
@@ -327,7 +306,7 @@ class _Call:
                 scratch,
                 self._chunk,
                 options.half,
-                lambda stage, done, total: listener.sweep(name, stage, done, total),
+                lambda stage, done, total: listener.on_event(StageProgress(name, stage, done, total)),
                 options.centrality,
             )
         kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}{' in float16' if options.half else ''}"
@@ -365,7 +344,7 @@ class _Call:
     def _answer(self, index: int, answer: Prediction) -> None:
         if np.isfinite(answer.logits).all():
             self._rows[index] = answer if self._keep_centrality else replace(answer, centrality=None)
-            self._listener.answer(index, answer)
+            self._listener.on_event(Answered(index, answer))
         else:
             self._rows[index] = Failure(answer.file, not_finite(answer.file))
 
@@ -396,7 +375,7 @@ class _Call:
         ):
             named = self._options.named(names)
             if named and answers and not used:
-                self._listener.status(told.format(f"{' and '.join(named)} had no effect"))
+                self._listener.on_event(Status(told.format(f"{' and '.join(named)} had no effect")))
 
 
 class _Batches:

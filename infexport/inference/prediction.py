@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
 from infexport.inference.centrality import Centrality
+from infexport.system.progress import ProgressEvent
 
 
 def top_k(logits: NDArray[Any], k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -61,6 +62,14 @@ class Prediction:
             **({"rounding": self.rounding} if self.rounding else {}),
             "top": self.top_k(k, labels),
         }
+
+
+@dataclass(frozen=True)
+class Answered(ProgressEvent):
+    """The image of this index has its prediction."""
+
+    index: int
+    prediction: Prediction
 
 
 @dataclass(frozen=True)

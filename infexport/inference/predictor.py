@@ -16,10 +16,13 @@ from PIL import Image
 from infexport.bundle import Bundle, open_bundle
 from infexport.errors import InfexportError
 from infexport.images.fetch import Item
-from infexport.inference.executor import Listener, Run
+from infexport.inference.executor import Run
 from infexport.inference.options import Edge, Execution, InferenceOptions, Size, TokenDtype, parse_bytes, parse_size
 from infexport.inference.prediction import Failure, Prediction, Row
 from infexport.inference.runners.factory import Opening
+from infexport.system.progress import (
+    ProgressListener,
+)
 
 Batch = Mapping[str, Any] | Sequence[Item] | NDArray[Any] | Item
 
@@ -128,7 +131,7 @@ class Predictor:
         return self._bundle
 
     def predict(
-        self, images: Sequence[Item], listener: Listener | None = None, keep_centrality: bool = True
+        self, images: Sequence[Item], listener: ProgressListener | None = None, keep_centrality: bool = True
     ) -> list[Row]:
         """Return a `Prediction`, or a `Failure` that says why there is none, for every image, in their order.
 

@@ -29,13 +29,13 @@ from bench_stream import Case, make_bundle, measure
 from PIL import Image
 
 from infexport.bundle import Bundle
-from infexport.inference.executor import Listener
 from infexport.inference.options import InferenceOptions
 from infexport.inference.prediction import Prediction
 from infexport.inference.streaming.sharding import exchanged_bytes
 from infexport.integrations.ray.cluster import Workers, connected
 from infexport.integrations.ray.shards import predict
 from infexport.system.host import cpu_model, usable_cores
+from infexport.system.progress import ProgressEvent, ProgressListener, StageProgress
 
 COPIES = 10
 """Of the 450 held-out digits."""
@@ -105,14 +105,14 @@ def one(folder: Path, side: int, precision: str) -> dict[str, Any]:
     return {"side": side, "precision": precision, "ways": found, "relative difference": float(difference)}
 
 
-class Rounds(Listener):
+class Rounds(ProgressListener):
     """Times the stages of a run."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
 
-    def sweep(self, file: str, stage: int, done: int, total: int) -> None:
-        if done == total:
+    def on_event(self, event: ProgressEvent) -> None:
+        if isinstance(event, StageProgress) and event.done == event.total:
             self.times.append((time.perf_counter(), time.process_time()))
 
     @property

@@ -14,6 +14,7 @@ from PIL import Image
 from support import GOLDEN
 
 from infexport.bundle import create_bundle, open_bundle, seal
+from infexport.bundle.engine_record import Engine
 from infexport.bundle.integrity import sealed
 from infexport.bundle.manifest import read_manifest
 from infexport.errors import InfexportError
@@ -187,7 +188,7 @@ def test_an_engine_is_checked_too(bundle, infexport):
     for at in range(0, len(whole), 7):
         sidecar.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         (found,) = open_bundle(bundle).engines
-        assert found == {"file": "a100-fp32.engine", "state": "unreadable"}, f"byte {at}"
+        assert found == Engine("a100-fp32.engine", "unreadable", None), f"byte {at}"
     assert "UNREADABLE" in infexport("inspect", bundle, exit_code=1).stdout
 
 

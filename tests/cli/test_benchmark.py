@@ -1,5 +1,6 @@
 """`benchmark`: what it reports, what it leaves out, and what stops it."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -181,14 +182,19 @@ def test_a_missing_matplotlib_is_named_before_anything_is_measured(infexport, go
     assert "measuring" not in result.stderr
 
 
-def test_default_sizes_are_whole_patches(golden_bundle, monkeypatch):
+def with_patch(bundle, patch):
+    config = dataclasses.replace(bundle.manifest.config, patch_size=patch, image_size=patch)
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, config=config))
+
+
+def test_default_sizes_are_whole_patches(golden_bundle):
     from infexport.bundle import open_bundle
 
     bundle = open_bundle(golden_bundle("reference_linear"))
     assert benchmark.sizes_for(bundle) == [(side, side) for side in (224, 512, 1024, 2048, 4096)]
-    monkeypatch.setitem(bundle.manifest.config, "patch_size", 14)
+    bundle = with_patch(bundle, 14)
     assert benchmark.sizes_for(bundle) == [(side, side) for side in (224, 518, 1022, 2044, 4102)]
-    monkeypatch.setitem(bundle.manifest.config, "patch_size", 3000)
+    bundle = with_patch(bundle, 3000)
     assert benchmark.sizes_for(bundle) == [(3000, 3000)]
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from infexport.bundle import open_bundle, seal
 from infexport.bundle.manifest import read_manifest
 from infexport.conversion.tensorrt import build as engines
+from infexport.system.progress import PhaseProgress, Status
 from infvit.config import SIZES
 from infvit.network import InfViT
 from infvit.stage_scope import StageScope
@@ -110,7 +111,7 @@ def test_every_precision_whole_and_in_stages(name, precision, infexport, bundle,
         assert not {"HALF", "BF16", "INT8"} & {type for types in whole.values() for type in types}
     state = next(facts for facts in made if "apply" in facts["engine"])
     assert "FLOAT" in state["layers"]["NORMALIZATION"]
-    assert all(engine["state"] == "current" for engine in open_bundle(folder).engines)
+    assert all(engine.state == "current" for engine in open_bundle(folder).engines)
 
 
 def test_a_sum_in_half_precision_is_refused():
@@ -161,7 +162,7 @@ def test_timings_are_kept_and_used_again(infexport, bundle, cache):
 
 
 def test_phases_are_told(bundle, cache, golden_images):
-    from infexport.conversion.tensorrt.build import Listener, Plan, build_engines
+    from infexport.conversion.tensorrt.build import Plan, ProgressListener, build_engines
     from infexport.conversion.tensorrt.profiles import profile_of
     from infexport.images.decode import find_images
     from infexport.inference.tensorrt_libraries import BACKENDS
@@ -170,12 +171,12 @@ def test_phases_are_told(bundle, cache, golden_images):
     opened = open_bundle(bundle("reference_linear"))
     phases, statuses = [], []
 
-    class Told(Listener):
-        def status(self, message):
-            statuses.append(message)
-
-        def phase(self, name, done, total):
-            phases.append((name, done, total))
+    class Told(ProgressListener):
+        def on_event(self, event):
+            if isinstance(event, Status):
+                statuses.append(event.message)
+            elif isinstance(event, PhaseProgress):
+                phases.append((event.name, event.done, event.total))
 
     images = tuple(find_images([golden_images("reference_linear")[0]]))
     profile = profile_of(opened.manifest, None, None)
@@ -299,7 +300,7 @@ def paper_manifest():
     from types import SimpleNamespace
 
     stages = [SimpleNamespace(graph="apply", over=StageScope.TOKENS)]
-    return SimpleNamespace(config=SIZES["infvit_linear_4l"].to_dict(), input="uint8", stages=stages)
+    return SimpleNamespace(config=SIZES["infvit_linear_4l"], input="uint8", stages=stages)
 
 
 def test_a_gpu_s_memory_is_a_limit():
@@ -337,7 +338,7 @@ def test_blocks_of_pairs_are_larger_than_a_chunk():
         SimpleNamespace(graph="attend", over=StageScope.PAIRS),
         SimpleNamespace(graph="apply", over=StageScope.TOKENS),
     ]
-    manifest = SimpleNamespace(config=SIZES["infvit_pure_4l"].to_dict(), input="uint8", stages=stages)
+    manifest = SimpleNamespace(config=SIZES["infvit_pure_4l"], input="uint8", stages=stages)
     needed = peak(manifest, 0, 1, StageScope.PAIRS.max_rows(8192)) + peak(manifest, 0, 1, 8192)
     check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed)
     with pytest.raises(InfexportError, match="--chunk 8192 is too large"):

@@ -46,10 +46,11 @@ class FakeGpu:
         import onnxruntime
 
         digest = hashlib.sha256(content).hexdigest()
-        (facts,) = (facts for facts in open_bundle(self.folder).engines if facts["sha256"] == digest)
-        graph = next(name for name in facts["graph"] if name.endswith(".onnx"))
-        lowered = Lowering(str(self.folder), facts["precision"], [], str(self.scratch)).graph(self.folder / graph)
-        return onnxruntime.InferenceSession(lowered, providers=["CPUExecutionProvider"]), facts["file"]
+        (engine,) = (engine for engine in open_bundle(self.folder).engines if engine.recorded.sha256 == digest)
+        graph = next(name for name in engine.recorded.graph if name.endswith(".onnx"))
+        lowered = Lowering(str(self.folder), engine.recorded.precision, [], str(self.scratch))
+        content = lowered.graph(self.folder / graph)
+        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]), engine.file
 
     def module(self):
         fake = self
@@ -242,9 +243,9 @@ def test_the_real_library_without_a_driver_is_an_error(folder, monkeypatch):
 
     if local_gpu() is not None:
         pytest.skip("this machine has a GPU: the engine can be loaded")
-    (facts,) = open_bundle(folder).engines
+    (engine,) = open_bundle(folder).engines
     with pytest.raises(InfexportError, match="tensorrt-rtx refuses the engine") as refused:
-        EngineSession(folder, facts)
+        EngineSession(folder, engine)
     assert "CUDA driver version is insufficient" in refused.value.details
 
 

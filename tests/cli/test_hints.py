@@ -260,5 +260,5 @@ def test_a_plan_says_which_options_make_it_smaller(monkeypatch, tmp_path):
     plan = build.Plan(TARGETS["a100"], SimpleNamespace(name="tensorrt"), "fp32", "whole", profile, None)
     for execution, option in (("whole", "--sizes"), ("stream", "--chunk")):
         bundle = SimpleNamespace(path=tmp_path, manifest=manifest)
-        build._build(bundle, dataclasses.replace(plan, execution=execution), [], tmp_path, build.Listener())
+        build._build(bundle, dataclasses.replace(plan, execution=execution), [], tmp_path, ProgressListener())
         assert option in asked["options"]

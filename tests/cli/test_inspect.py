@@ -107,7 +107,7 @@ def test_the_parts_are_all_parameters(name, changes):
     config = dataclasses.replace(SIZES[name], **changes)
     with torch.device("meta"):
         network = InfViT(config)
-    parts = {part.name: part for part in inspect.parts_of(config.to_dict())}
+    parts = {part.name: part for part in inspect.parts_of(config)}
     layer, count = network.encoder.layers[0], lambda module: sum(each.numel() for each in module.parameters())
     assert parts["layer: attention"].each == count(layer.attn)
     assert parts["layer: MLP"].each == count(layer.ff)

@@ -14,11 +14,13 @@ from infvit.fold import fold
 from infvit.network import InfViT
 
 E2 = 1024**2  # of the paper's models
-TINY = {"depth": 3, "embed_dim": 10, "mlp_dim": 30, "neumann_terms": 1}  # E² = 100, 2 E m = 600
+TINY = InfViTConfig(
+    "linear_infsa", 8, 8, depth=3, embed_dim=10, num_heads=1, mlp_dim=30, num_classes=1, norm_eps=1e-6
+)  # E² = 100, 2 E m = 600
 
 
 def work(folded, tokens, **changes):
-    return work_of(TINY | changes, folded, tokens)
+    return work_of(dataclasses.replace(TINY, **changes), folded, tokens)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def work(folded, tokens, **changes):
     ],
 )
 def test_the_paper_s_sizes(name, folded, dense):
-    config = SIZES[name].to_dict()
+    config = SIZES[name]
     tokens = 64 * 64 + 1  # 1024² in patches of 16
     found = work_of(config, folded, tokens)
     assert found.dense == dense * E2 * tokens

@@ -12,6 +12,7 @@ import onnx.inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from infexport.system.progress import ProgressEvent, ProgressListener, Status
 from infvit.config import InfViTConfig
 
 TINY = {
@@ -54,3 +55,14 @@ class Rounding:
 
     def run(self, feeds: dict[str, Any]) -> list[Any]:
         return self._evaluator.run(None, feeds)
+
+
+class StatusRecorder(ProgressListener):
+    """Adds every status to a list."""
+
+    def __init__(self, messages: list[str]) -> None:
+        self._messages = messages
+
+    def on_event(self, event: ProgressEvent) -> None:
+        if isinstance(event, Status):
+            self._messages.append(event.message)

@@ -47,7 +47,7 @@ def torch_bundle(**shape):
     """A bundle as far as `stream` takes it, and its runner."""
     network, folded = folded_network(0, **shape)
     runner = TorchStages(folded)
-    return SimpleNamespace(manifest=SimpleNamespace(stages=runner.stages, config=network.config.to_dict())), runner
+    return SimpleNamespace(manifest=SimpleNamespace(stages=runner.stages, config=network.config)), runner
 
 
 class Killed(BaseException):

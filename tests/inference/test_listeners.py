@@ -9,9 +9,9 @@ import pytest
 
 from infexport import Predictor
 from infexport.errors import InfexportError
-from infexport.inference.executor import Listener
-from infexport.inference.prediction import Failure, Prediction
+from infexport.inference.prediction import Answered, Failure, Prediction
 from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages
+from infexport.system.progress import ItemsDone, ProgressListener, SessionOpened, StageProgress, Status
 
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8))
 
@@ -20,21 +20,22 @@ def predictor_of(bundle, execution, **options):
     return Predictor(bundle, size="native", threads=1, execution=execution, **options)
 
 
-class Raising(Listener):
-    def __init__(self, method):
-        def fail(*arguments):
-            raise BrokenPipeError(32, "Broken pipe")
+class Raising(ProgressListener):
+    def __init__(self, kind):
+        self.kind = kind
 
-        setattr(self, method, fail)
+    def on_event(self, event):
+        if isinstance(event, self.kind):
+            raise BrokenPipeError(32, "Broken pipe")
 
 
 @pytest.mark.parametrize(
-    ("way", "method"),
-    [(way, method) for way in ("whole", "stream", "scratch") for method in ("running", "answer", "image")]
-    + [(way, "sweep") for way in ("stream", "scratch")]
-    + [("scratch", "status")],
+    ("way", "kind"),
+    [(way, kind) for way in ("whole", "stream", "scratch") for kind in (SessionOpened, Answered, ItemsDone)]
+    + [(way, StageProgress) for way in ("stream", "scratch")]
+    + [("scratch", Status)],
 )
-def test_what_a_listener_raises_ends_the_call_alone(way, method, zoo_bundle, tmp_path, monkeypatch):
+def test_what_a_listener_raises_ends_the_call_alone(way, kind, zoo_bundle, tmp_path, monkeypatch):
     opened = []
     for runner in (OrtRunner, OrtStages):
         enter = runner.__enter__
@@ -42,23 +43,20 @@ def test_what_a_listener_raises_ends_the_call_alone(way, method, zoo_bundle, tmp
     options = {"scratch": tmp_path} if way == "scratch" else {}
     with predictor_of(zoo_bundle("digits-linear"), "whole" if way == "whole" else "stream", **options) as predictor:
         with pytest.raises(BrokenPipeError):
-            predictor.predict(IMAGES, Raising(method))
+            predictor.predict(IMAGES, Raising(kind))
         assert all(isinstance(row, Prediction) for row in predictor.predict(IMAGES))
     assert len(opened) == 1  # what was opened before it raised is not opened again
 
 
-@pytest.mark.parametrize("method", ["answer", "sweep", "running"])
-def test_a_listener_may_call_while_an_image_is_streamed(method, zoo_bundle):
+@pytest.mark.parametrize("kind", [Answered, StageProgress, SessionOpened])
+def test_a_listener_may_call_while_an_image_is_streamed(kind, zoo_bundle):
     predictor = predictor_of(zoo_bundle("digits-linear"), "stream", chunk=16)
     expected = [row.logits for row in predictor_of(zoo_bundle("digits-linear"), "stream", chunk=16).predict(IMAGES)]
     found = {}
 
-    class Calling(Listener):
-        def __init__(self):
-            setattr(self, method, self.call)
-
-        def call(self, *arguments):
-            if "inner" not in found:
+    class Calling(ProgressListener):
+        def on_event(self, event):
+            if isinstance(event, kind) and "inner" not in found:
                 found["inner"] = []
                 found["inner"] = predictor.predict(IMAGES)
 
@@ -70,21 +68,20 @@ def test_a_listener_may_call_while_an_image_is_streamed(method, zoo_bundle):
         assert all(np.array_equal(row.logits, logits) for row, logits in zip(rows, expected, strict=True))
 
 
-@pytest.mark.parametrize("method", ["running", "answer"])
-def test_other_threads_go_on_while_a_listener_waits(method, zoo_bundle):
+@pytest.mark.parametrize("kind", [SessionOpened, Answered])
+def test_other_threads_go_on_while_a_listener_waits(kind, zoo_bundle):
     predictor = predictor_of(zoo_bundle("digits-linear"), "stream")
     done = threading.Event()
 
-    class Waiting(Listener):
+    class Waiting(ProgressListener):
         waited = True
 
-        def wait(self, *arguments):
+        def on_event(self, event):
+            if not isinstance(event, kind):
+                return
             other = threading.Thread(target=lambda: predictor.predict(IMAGES[:1]) and done.set(), daemon=True)
             other.start()
             self.waited = done.wait(20) and self.waited
-
-        def __init__(self):
-            setattr(self, method, self.wait)
 
     listener = Waiting()
     assert len(predictor.predict(IMAGES[:1], listener)) == 1

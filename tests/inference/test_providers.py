@@ -45,7 +45,7 @@ def test_the_table_of_nodes(infexport, golden_bundle):
 def test_nothing_of_what_is_run_is_sent_to_anyone(golden_bundle, tmp_path):
     """ONNX Runtime 1.32 and later: its telemetry leaves a file in the temporary folder, if it is not told in time."""
     graph = golden_bundle("reference_pure") / "model.onnx"
-    code = f"from infexport.inference.runners import ort; ort.open_session({str(graph)!r}, 'cpu', 1)"
+    code = f"from infexport.inference.runners import onnxruntime; onnxruntime.open_session({str(graph)!r}, 'cpu', 1)"
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment | {"TMPDIR": str(tmp_path)})
     assert list(tmp_path.iterdir()) == []
@@ -64,7 +64,7 @@ def damaged(bundle: Path, folder: Path, change: Callable[[onnx.ModelProto], None
 def seal_again(folder: Path, **fields: Any) -> None:
     manifest = read_manifest(folder / FILE)
     (folder / FILE).unlink()  # it is none of its files
-    seal(folder, dataclasses.replace(manifest, config=manifest.config | fields))
+    seal(folder, dataclasses.replace(manifest, config=dataclasses.replace(manifest.config, **fields)))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 from infexport import Predictor
 from infexport.errors import InfexportError
 from infexport.inference import executor, planner
-from infexport.inference.executor import Listener
-from infexport.inference.prediction import Failure, Prediction
+from infexport.inference.prediction import Answered, Failure, Prediction
 from infexport.inference.runners.onnxruntime import OrtRunner
+from infexport.system.progress import ProgressListener
 
 THREADS = 8
 
@@ -109,12 +109,13 @@ def test_a_listener_may_close_and_call(zoo_bundle):
     predictor = Predictor(zoo_bundle("digits-linear"), size="native", threads=1)
     image = images(1, 64)
 
-    class Calling(Listener):
+    class Calling(ProgressListener):
         inner = None
 
-        def answer(self, index, answer):
-            predictor.close()
-            self.inner = predictor.predict(image)[0]
+        def on_event(self, event):
+            if isinstance(event, Answered):
+                predictor.close()
+                self.inner = predictor.predict(image)[0]
 
     listener = Calling()
     (row,) = predictor.predict(image, listener)

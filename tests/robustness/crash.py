@@ -298,10 +298,10 @@ def bundle_state(folder: Path) -> str:
 
 def engine_state(folder: Path, chosen: str = "a100-fp32.engine") -> str:
     """The old engine takes one image, the new one two; the one beside it stays."""
-    engines = {engine["file"]: engine for engine in open_bundle(folder / "bundle").engines}
-    assert all(engine["state"] == "current" for engine in engines.values()), engines
+    engines = {engine.file: engine for engine in open_bundle(folder / "bundle").engines}
+    assert all(engine.state == "current" for engine in engines.values()), engines
     assert "rtx3090-fp32.engine" in engines, engines
-    return {1: "old", 2: "new"}[engines[chosen]["profile"]["image"][2][0]]
+    return {1: "old", 2: "new"}[engines[chosen].recorded.profile["image"].max[0]]
 
 
 OLD = {

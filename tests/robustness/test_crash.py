@@ -256,11 +256,11 @@ def test_builds_into_one_bundle_at_once_keep_each_other_s_engines(made, tmp_path
     sizes = profile_of(bundle.manifest, [(16, 16)], [1])
     targets = [*TARGETS][:6]
     plans = [Plan(TARGETS[name], TensorRTRTX(), "fp32", "whole", sizes, None) for name in targets * 2]
-    threads = [threading.Thread(target=build_engines, args=[bundle, plan, engine.Listener()]) for plan in plans]
+    threads = [threading.Thread(target=build_engines, args=[bundle, plan, ProgressListener()]) for plan in plans]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = {each["target"]: each["state"] for each in open_bundle(bundle.path).engines}
+    found = {each.recorded.target: each.state for each in open_bundle(bundle.path).engines}
     assert found == dict.fromkeys(targets, "current")
     assert {item.name for item in (tmp_path / "bundle").iterdir() if item.is_dir()} == {"engines"}

@@ -259,7 +259,7 @@ def test_any_value_in_a_sidecar_is_used_or_refused(whole, hostile, tmp_path, nam
     (tmp_path / "engines" / "a.engine.json").write_bytes(content)
     bundle = Bundle(tmp_path, whole.opened.manifest)
     assert len(sets_of(bundle, "whole")) <= 1
-    assert bundle.engines[0]["state"] in ("current", "stale", "modified", "unreadable")
+    assert bundle.engines[0].state in ("current", "stale", "modified", "unreadable")
 
 
 @quick

@@ -23,6 +23,7 @@ from infexport.bundle import seal
 from infexport.bundle.manifest import read_manifest
 from infexport.inference.streaming.driver import Position
 from infexport.inference.streaming.resume import STATE, Identity, Scratch
+from infexport.system.progress import SILENT
 
 CHECKPOINT, CONFIG = GOLDEN / "reference_linear.safetensors", GOLDEN / "reference_linear.json"
 CONVERT = ("--config", CONFIG, "-o")
@@ -171,13 +172,13 @@ def test_in_what_an_interrupted_run_left(marker, tmp_path):
     identity = Identity([tmp_path / "a.png"], {})
     hidden = np.array([Payload(marker)], object)
     for content in ({"at": np.array([0, 1]), "sums/x": hidden}, {"at": hidden}):
-        with suppress(KeyboardInterrupt), Scratch(tmp_path, identity, lambda text: None) as left:
+        with suppress(KeyboardInterrupt), Scratch(tmp_path, identity, SILENT) as left:
             left.record(Position())
             raise KeyboardInterrupt
         made = io.BytesIO()
         np.savez(made, **content)
         (left.folder / STATE).write_bytes(hashlib.sha256(made.getvalue()).digest() + made.getvalue())
-        with Scratch(tmp_path, identity, lambda text: None) as scratch:
+        with Scratch(tmp_path, identity, SILENT) as scratch:
             assert scratch.folder == left.folder
             assert scratch.position is None
     assert not marker.exists()

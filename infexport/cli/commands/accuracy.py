@@ -76,7 +76,7 @@ def accuracy(
     """
     from infexport.bundle import open_bundle
     from infexport.bundle.summary import warnings_of
-    from infexport.cli.progress import Told
+    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.accuracy.dataset import Classes, read_labelled
     from infexport.evaluation.accuracy.evaluate import SUFFIXES, evaluate
     from infexport.inference.options import InferenceOptions
@@ -110,7 +110,9 @@ def accuracy(
     for line in warnings_of(opened.manifest):
         out.warning(line)
     with out.progress(len(images) * (1 if no_pytorch else 2), "images") as bar:
-        report = evaluate(opened, images, classes, options, Told(out, opened, bar), network, min_top1, batch_size)
+        report = evaluate(
+            opened, images, classes, options, ConsoleProgress(out, bar, opened), network, min_top1, batch_size
+        )
     _show(out, report)
     out.document(report.to_dict())
     for failure in report.failed:

@@ -13,6 +13,7 @@ from infexport.cli.providers import engine_option, provider_option
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
+    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.benchmark.result import Report, Row
 
 ON_GPU = ("J/image", "GPU MB")
@@ -72,7 +73,9 @@ def benchmark(
     for line in warnings_of(opened.manifest):
         out.warning(line)
     chosen = sizes_for(opened, sizes)
-    report = benchmark(opened, chosen, batch_size, repeats, provider, engine, threads, max_seconds, out.status)
+    report = benchmark(
+        opened, chosen, batch_size, repeats, provider, engine, threads, max_seconds, ConsoleProgress(out)
+    )
     for line in remarks(opened.manifest.precision, report.machine["provider"]):
         out.warning(line)
     for line in _facts(report):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from infexport.cli.console import Output, Phases
+from infexport.cli.console import Output
 from infexport.cli.options import Bytes, Numbers, Sizes
 
 
@@ -52,7 +52,8 @@ def build_engine(
     """
     from infexport.bundle import open_bundle
     from infexport.bundle.summary import warnings_of
-    from infexport.conversion.tensorrt.build import Listener, Plan, build_engines
+    from infexport.cli.progress import BuildProgress
+    from infexport.conversion.tensorrt.build import Plan, build_engines
     from infexport.conversion.tensorrt.profiles import profile_of
     from infexport.images.decode import find_images
     from infexport.inference.tensorrt_libraries import choose
@@ -70,19 +71,11 @@ def build_engine(
         out.warning(line)
     out.status(f"building for {aim.name}, compute capability {aim.capability}, with {library.name}: {why}")
 
-    phases = Phases()
-
-    class Told(Listener):
-        phase = staticmethod(phases)
-
-        def status(self, message: str) -> None:
-            phases.clear()
-            out.status(message)
-
+    progress = BuildProgress(out)
     try:
-        made = build_engines(opened, plan, Told())
+        made = build_engines(opened, plan, progress)
     finally:
-        phases.clear()
+        progress.clear()
     if library.caveat:
         out.warning(library.caveat)
     out.data(f"target      {aim.name}, compute capability {aim.capability}, {precision}")

@@ -13,6 +13,7 @@ from infexport.cli.options import Numbers, Sizes
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
+    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.centrality.check import HeadReport, Report
 
 _WALK = ("visits", "expected", "off")
@@ -65,9 +66,7 @@ def centrality(
         sizes = [(opened.manifest.config.image_size,) * 2] if images is None else []
     path = checkpoint or recorded_checkpoint(opened)
     with out.progress((len(sizes) + len(files)) * heads_of(opened, layers), "walking") as bar:
-        report = validate_centrality(
-            opened, path, sizes, files, layers, walkers, seed, progress=bar.update, tell=out.status
-        )
+        report = validate_centrality(opened, path, sizes, files, layers, walkers, seed, ConsoleProgress(out, bar))
     _show(out, report)
     out.document(report.to_dict())
     raise click.exceptions.Exit(0 if report else 1)

@@ -115,21 +115,18 @@ def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: 
     The bundle holds model.onnx, its weights and infexport.json, which records what was converted and how. It
     appears when it is complete.
     """
-    if options["neumann_terms"] is not None and options["neumann_tol"] is not None:
-        raise click.UsageError("--neumann-terms and --neumann-tol exclude each other: give one")
-    if calibrate is not None and options["precision"] != "int8":
-        raise click.UsageError("--calibrate is for --precision int8: nothing else has ranges to fix")
     out = Output(as_json)
     require("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", extra="export")
     with _uncollected():
         from infexport.bundle.summary import summary_lines, warnings_of
+        from infexport.cli.progress import ConsoleProgress
         from infexport.conversion.convert import ConvertOptions, convert
         from infexport.images.decode import find_images
 
         images = () if calibrate is None else tuple(find_images([calibrate]))
+        settings = ConvertOptions(calibrate=images, **options)
         with out.progress(len(images), "calibrating") if images else nullcontext() as bar:
-            progress = bar.update if bar else lambda done: None
-            bundle = convert(checkpoint, output, ConvertOptions(calibrate=images, **options), out.status, progress)
+            bundle = convert(checkpoint, output, settings, ConsoleProgress(out, bar))
     for name, value in bundle.manifest.assumed.items():
         out.status(f"assumed {name.replace('_', ' ')}: {value}")
     for word in bundle.manifest.unread:

@@ -67,6 +67,7 @@ def parity(
         check_report(page)
     from infexport.bundle import open_bundle
     from infexport.bundle.summary import warnings_of
+    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.parity.validate import default_sizes, validate
     from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
     from infexport.images.decode import find_images
@@ -83,7 +84,7 @@ def parity(
     path = checkpoint or recorded_checkpoint(opened)
     opening = Opening(opened, provider or ("engine" if engine else "cpu"), engine, threads)
     with out.progress(len(sizes) + len(files), "comparing") as bar:
-        report = validate(opened, path, sizes, files, opening, execution == "stream", layers, bar.update)
+        report = validate(opened, path, sizes, files, opening, execution == "stream", layers, ConsoleProgress(out, bar))
     out.table(
         ["input", "max abs", "mean abs", "relative", "torch's own", "cosine", "top-1", ""],
         [

@@ -108,7 +108,7 @@ def run_engine(
     """
     from infexport.bundle import open_bundle
     from infexport.bundle.summary import warnings_of
-    from infexport.cli.progress import Told
+    from infexport.cli.progress import ConsoleProgress
     from infexport.images.fetch import find
     from infexport.inference.options import InferenceOptions
     from infexport.inference.predictor import Predictor
@@ -167,7 +167,7 @@ def run_engine(
         numbers = stack.enter_context(closing(CentralityFile(output))) if centrality and output else None
         sinks = [sink.take for sink in (pictures, numbers) if sink is not None]
         with out.progress(len(files), "images") as bar:
-            told = Told(out, opened, bar, options.centrality, sinks)
+            told = ConsoleProgress(out, bar, opened, options.centrality, sinks)
             if address is None:
                 with Predictor.of(opened, options) as predictor:
                     rows = predictor.predict(files, told, keep_centrality=False)

@@ -23,6 +23,11 @@ from infexport.system.atomic_files import alone, partial_folder, put, recover, s
 from infexport.system.dependencies import require
 from infexport.system.gpus import Gpu, Target
 from infexport.system.host import cache_folder
+from infexport.system.progress import (
+    PhaseProgress,
+    ProgressListener,
+    Status,
+)
 from infexport.system.workers import Ended, ask, command_of
 
 CHUNK = 8192
@@ -59,16 +64,6 @@ class Plan:
     memory: int | None = None
 
 
-class Listener:
-    """What is told of a build; this one ignores it."""
-
-    def status(self, message: str) -> None:
-        """Something a person would like to know."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """So many steps of a phase are done."""
-
-
 @dataclass(frozen=True)
 class _Part:
     """One engine to be: of which graph, for which shapes, under which name."""
@@ -78,7 +73,7 @@ class _Part:
     engine: str
 
 
-def build_engines(bundle: Bundle, plan: Plan, listener: Listener) -> list[tuple[Path, EngineRecord]]:
+def build_engines(bundle: Bundle, plan: Plan, listener: ProgressListener) -> list[tuple[Path, EngineRecord]]:
     """Build into the bundle's folder of engines; nothing of them appears unless all can be built.
 
     Returns:
@@ -203,13 +198,13 @@ def _record(
 
 
 def _build(
-    bundle: Bundle, plan: Plan, parts: list[_Part], scratch: Path, listener: Listener
+    bundle: Bundle, plan: Plan, parts: list[_Part], scratch: Path, listener: ProgressListener
 ) -> tuple[str, list[dict[str, Any]]]:
     """Have the worker build: the library's version, and what it says of every engine."""
     built: list[dict[str, Any]] = []
     handlers: dict[str, Callable[[Any], None]] = {
-        "status": listener.status,
-        "phase": lambda phase: listener.phase(*phase),
+        "status": lambda message: listener.on_event(Status(message)),
+        "phase": lambda phase: listener.on_event(PhaseProgress(*phase)),
         "built": lambda found: built.append({key: found[key] for key in ("seconds", "layers", "log")}),
     }
 

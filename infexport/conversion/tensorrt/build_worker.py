@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,11 @@ from infexport.conversion.tensorrt.precision import Lowering
 from infexport.errors import InfexportError
 from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, log_of, write_cache
 from infexport.system.gpus import Target
+from infexport.system.progress import (
+    ItemsDone,
+    ProgressEvent,
+    ProgressListener,
+)
 from infexport.system.workers import serve
 
 Tell = Callable[[dict[str, Any]], None]
@@ -169,6 +173,18 @@ def _monitor(trt: ModuleType, tell: Tell) -> Any:
     return Monitor()
 
 
+class _Calibrating(ProgressListener):
+    """Tells of calibration images as of a phase of the build."""
+
+    def __init__(self, total: int, tell: Tell) -> None:
+        self._done, self._total, self._tell = 0, total, tell
+
+    def on_event(self, event: ProgressEvent) -> None:
+        if isinstance(event, ItemsDone):
+            self._done += event.count
+            self._tell({"phase": ["calibrating", self._done, self._total]})
+
+
 def work(request: dict[str, Any], tell: Tell) -> None:
     """Build all engines of a request.
 
@@ -190,8 +206,7 @@ def work(request: dict[str, Any], tell: Tell) -> None:
     tell({"version": builder.trt.__version__})
     lowering = Lowering(**request["lowering"])
     images = request["lowering"]["images"]
-    done = count(1)
-    lowering.calibrate(lambda _: tell({"phase": ["calibrating", next(done), len(images)]}))
+    lowering.calibrate(_Calibrating(len(images), tell))
     for build in request["builds"]:
         started = time.perf_counter()
         tell({"status": f"building {build['name']}"})

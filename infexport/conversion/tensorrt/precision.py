@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infexport.bundle import open_bundle
+from infexport.system.progress import (
+    ProgressListener,
+)
 
 if TYPE_CHECKING:
     from infexport.conversion.passes import Inputs
@@ -28,8 +31,8 @@ class Lowering:
         self._images = [Path(image) for image in images]
         self._met: dict[str, Inputs] | None = None
 
-    def calibrate(self, progress: Callable[[int], None]) -> None:
-        """Run the images; `progress` is told of every one, with 1.
+    def calibrate(self, listener: ProgressListener) -> None:
+        """Run the images; `listener` is told of every one.
 
         Raises:
             InfexportError: an image that cannot be read.
@@ -40,7 +43,7 @@ class Lowering:
 
         manifest = self._bundle.manifest
         patch = manifest.config.patch_size
-        images = batches(self._images, patch, manifest.preprocessing, manifest.input, progress)
+        images = batches(self._images, patch, manifest.preprocessing, manifest.input, listener)
         self._met = calibrate(self._bundle.model, images)
 
     def graph(self, graph: Path) -> Path:

@@ -19,50 +19,45 @@ from infexport.errors import InfexportError
 from infexport.evaluation.accuracy.dataset import Classes, Labelled
 from infexport.evaluation.accuracy.metrics import Accuracy, Agreement, Logits, OfClass, accuracy, agreement
 from infexport.evaluation.parity.metrics import NETWORK
-from infexport.inference.executor import Listener
 from infexport.inference.options import InferenceOptions
 from infexport.inference.prediction import Failure, Prediction, Row
 from infexport.inference.predictor import Predictor
 from infexport.inference.runners.factory import Opening
 from infexport.outputs.files import written
 from infexport.outputs.results import ELSEWHERE
+from infexport.system.progress import (
+    ItemsDone,
+    ProgressEvent,
+    ProgressListener,
+    SessionOpened,
+)
 
 SUFFIXES = (".csv",)
 
 
-class Clock(Listener):
+class Clock(ProgressListener):
     """Passes on what it is told, and times the images.
 
     Attributes:
         ran: where and in which precision, once it is known.
     """
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: ProgressListener) -> None:
         self._listener = listener
         self._first: float | None = None
         self._last, self._since = 0.0, 0
         self.ran: list[str] = []
 
-    def image(self, done: int) -> None:
-        self._last = time.perf_counter()
-        if self._first is None:
-            self._first = self._last  # before it something was loaded
-        else:
-            self._since += done
-        self._listener.image(done)
-
-    def answer(self, index: int, answer: Prediction) -> None:
-        self._listener.answer(index, answer)
-
-    def status(self, message: str) -> None:
-        self._listener.status(message)
-
-    def running(self, provider: str, precision: str) -> None:
-        self.ran = list(dict.fromkeys([*self.ran, f"{provider} with {precision}"]))
-        self._listener.running(provider, precision)
-
-    def sweep(self, file: str, stage: int, done: int, total: int) -> None:
-        self._listener.sweep(file, stage, done, total)
+    def on_event(self, event: ProgressEvent) -> None:
+        if isinstance(event, ItemsDone):
+            self._last = time.perf_counter()
+            if self._first is None:
+                self._first = self._last  # before it something was loaded
+            else:
+                self._since += event.count
+        elif isinstance(event, SessionOpened):
+            self.ran = list(dict.fromkeys([*self.ran, f"{event.provider} with {event.precision}"]))
+        self._listener.on_event(event)
 
     @property
     def rate(self) -> float | None:
@@ -225,7 +220,7 @@ def evaluate(
     images: Sequence[Labelled],
     classes: Classes,
     options: InferenceOptions,
-    listener: Listener,
+    listener: ProgressListener,
     network: Opening | None = None,
     required: float | None = None,
     network_batch_size: int | None = None,
@@ -252,7 +247,7 @@ def evaluate(
     answered = sorted(answers)
     theirs: dict[int, Prediction] = {}
     if network is not None:
-        listener.image(len(files) - len(answered))
+        listener.on_event(ItemsDone(len(files) - len(answered)))
         # in the same batches, but whole: PyTorch has no stages
         alone = InferenceOptions(
             size=options.size,

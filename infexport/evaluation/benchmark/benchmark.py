@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,11 @@ from infexport.evaluation.benchmark.result import Measured, OnGpu, Report, Row, 
 from infexport.evaluation.flops import work_of
 from infexport.images.preprocess import check_whole_patches
 from infexport.system.host import cpu_model, usable_cores
+from infexport.system.progress import (
+    SILENT,
+    ProgressListener,
+    Status,
+)
 from infexport.system.workers import ask, command_of
 
 DEFAULT_SIDES = (224, 512, 1024, 2048, 4096)
@@ -44,7 +49,7 @@ def benchmark(
     engine: str | None = None,
     threads: int | None = None,
     max_seconds: float = 60,
-    status: Callable[[str], None] = lambda message: None,
+    listener: ProgressListener = SILENT,
 ) -> Report:
     """Measure a bundle, every size in a process of its own, on images of noise.
 
@@ -60,7 +65,7 @@ def benchmark(
         provider, engine, threads: as of `runners.opening.Opening`.
         max_seconds: a size is left out whose batch would take longer, even at the machine's limit; none is where
             there is no limit.
-        status: told of every size.
+        listener: told of every size.
 
     Raises:
         InfexportError: the bundle or the provider cannot be run at all. A size that fails is a row that says so.
@@ -68,7 +73,7 @@ def benchmark(
     manifest = bundle.manifest
     patch = manifest.config.patch_size
     request = {"bundle": str(bundle.path), "provider": provider, "engine": engine, "threads": threads}
-    status("measuring the machine's matrix products")
+    listener.on_event(Status("measuring the machine's matrix products"))
     found = ask(WORKER, request)
     machine = {"cpu": cpu_model(), "cores": usable_cores()} | found["machine"]
     precision, where = found["precision"], machine["provider"]
@@ -85,10 +90,10 @@ def benchmark(
             row = replace(row, reason=f"at least {limit:.0f} s a batch, more than --max-seconds {max_seconds:g}")
         else:
             least = "" if limit is None else f"at least {limit:.2g} s a batch, "
-            status(f"{row.name}: {least}{repeats} times {'or more ' * on_gpu}and warm-up")
+            listener.on_event(Status(f"{row.name}: {least}{repeats} times {'or more ' * on_gpu}and warm-up"))
             row = _measure(row, request | {"shape": [batch, height, width, 3]}, precision, where)
         if row.reason:
-            status(f"{row.name}: {row.status}, {row.reason}")
+            listener.on_event(Status(f"{row.name}: {row.status}, {row.reason}"))
         rows.append(row)
     return Report(bundle.path, manifest, precision, machine, found["gemm"], tuple(rows))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ from infexport.evaluation.recorded_checkpoint import load_recorded
 from infexport.evaluation.synthetic_images import synthetic_image
 from infexport.images.decode import read_image
 from infexport.images.preprocess import check_whole_patches, fit
+from infexport.system.progress import (
+    SILENT,
+    ItemsDone,
+    ProgressListener,
+    Status,
+)
 from infvit.absorbing import ALLOWANCE, Deviation, Kind, chain_of, compare_visits, expected_visits, simulate
 from infvit.centrality import linear_scores, principal, row_sums
 from infvit.checkpoint import build_network
@@ -154,8 +160,7 @@ def validate_centrality(
     layers: Sequence[int] | None = None,
     walkers: int = 100_000,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
-    tell: Callable[[str], None] = lambda message: None,
+    listener: ProgressListener = SILENT,
 ) -> Report:
     """Look at the attention of every layer and head, in float64, on the CPU, with no N×N anywhere.
 
@@ -167,8 +172,7 @@ def validate_centrality(
         layers: numbers from 0; None takes all.
         walkers: of every head.
         seed: of chance, the same for a layer and head of an input whichever other layers are looked at.
-        progress: told of every head that is done, with 1.
-        tell: told beforehand of an image that takes minutes.
+        listener: told of every head that is done, and beforehand of an image that takes minutes.
 
     Raises:
         InfexportError: a checkpoint that cannot be read, a size that is no multiple of the patch, a layer that there is
@@ -192,7 +196,8 @@ def validate_centrality(
         heads = len(layers) * config.num_heads
         minutes = tokens**2 * heads / PAIRS_PER_SECOND / 60
         if minutes > 1:
-            tell(f"{name}: {heads} heads of {tokens:,} tokens take about {minutes:,.0f} minutes of a core")
+            message = f"{name}: {heads} heads of {tokens:,} tokens take about {minutes:,.0f} minutes of a core"
+            listener.on_event(Status(message))
         reports = []
         with torch.inference_mode():
             for layer, q, k, rho in _projections(model, pixels, layers):
@@ -203,7 +208,7 @@ def validate_centrality(
                     except ValueError as error:
                         problem = f"no limit of the series in layer {layer}, head {head}"
                         raise InfexportError(problem, f"{error}; rho is {float(rho[head]):.17g}") from error
-                    progress(1)
+                    listener.on_event(ItemsDone(1))
         found.append(ImageReport(name, tokens, tuple(reports)))
 
     for height, width in sizes:
@@ -213,7 +218,7 @@ def validate_centrality(
             pixels = fit(read_image(path), patch, "native", preprocessing.transform, "pad").pixels
         except InfexportError as error:
             failed.append((path, error))
-            progress(heads_of(bundle, layers))
+            listener.on_event(ItemsDone(heads_of(bundle, layers)))
         else:
             look(str(path), pixels)
     return Report(

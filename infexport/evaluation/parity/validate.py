@@ -28,6 +28,11 @@ from infexport.inference.runners import Deployed
 from infexport.inference.runners.factory import Opening
 from infexport.inference.runners.streamed import StreamRunner
 from infexport.inference.runners.tensorrt import EngineRunner
+from infexport.system.progress import (
+    SILENT,
+    ItemsDone,
+    ProgressListener,
+)
 from infvit.checkpoint import Checkpoint
 
 
@@ -127,7 +132,7 @@ def validate(
     opening: Opening | None = None,
     stream: bool = False,
     layers: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    listener: ProgressListener = SILENT,
 ) -> Report:
     """Run the bundle, PyTorch and its float64 twin on the same inputs and judge.
 
@@ -139,7 +144,7 @@ def validate(
         opening: of the bundle, what is judged; None judges it in ONNX Runtime on the CPU.
         stream: judge its stages, chunk by chunk.
         layers: judge every part of the network, too.
-        progress: told of every case that is done, with 1.
+        listener: told of every case that is done.
 
     Raises:
         InfexportError: a checkpoint that cannot be read, or a size that is no multiple of the patch.
@@ -158,7 +163,7 @@ def validate(
                 yield
             except InfexportError as error:
                 failed.append((name, error))
-            progress(1)
+            listener.on_event(ItemsDone(1))
 
         for height, width in sizes:
             with failing(Path(f"{height}x{width}")):

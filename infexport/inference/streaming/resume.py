@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from infexport.errors import InfexportError, LastingError
 from infexport.inference.streaming.driver import Position
 from infexport.inference.streaming.token_store import replace_file, scratch_errors
 from infexport.system.host import cpu_model
+from infexport.system.progress import ProgressListener, Status
 from infexport.system.untrusted_files import json_of, read_small
 
 RUN, STATE, LOCK = "run.json", "state.npz", "lock"
@@ -103,7 +104,7 @@ class Scratch:
     Args:
         root: in which the folder is made.
         identity: of the run.
-        status: told that a run goes on, or why it starts anew.
+        listener: told that a run goes on, or why it starts anew.
 
     Attributes:
         folder: of the run, once entered.
@@ -114,9 +115,9 @@ class Scratch:
         InfexportError: it cannot be read or written.
     """
 
-    def __init__(self, root: Path, identity: Identity, status: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, identity: Identity, listener: ProgressListener) -> None:
         self.position: Position | None = None
-        self._root, self._identity, self._status = root, identity, status
+        self._root, self._identity, self._listener = root, identity, listener
         self._recorded = False
 
     def __enter__(self) -> Self:
@@ -147,7 +148,7 @@ class Scratch:
                 self.start_anew(f"{STATE} is not what was written")
             else:
                 self._recorded = True
-                self._status("an earlier run was interrupted: checking what it left")
+                self._listener.on_event(Status("an earlier run was interrupted: checking what it left"))
 
     def _changed(self) -> str:
         """Say how this run differs from another one of the image that has a folder here; of several, the most alike."""
@@ -167,7 +168,7 @@ class Scratch:
         return f"starting anew: the run that is kept in {folder} had another {' and '.join(names)}"
 
     def _start(self, message: str) -> None:
-        self._status(message)
+        self._listener.on_event(Status(message))
         with scratch_errors(self.folder):
             _empty(self.folder)
         replace_file(self.folder / RUN, json.dumps(self._identity.to_dict()).encode())
@@ -179,7 +180,7 @@ class Scratch:
 
     def go_on(self) -> None:
         """Say that the run goes on from `position`."""
-        self._status("going on where an earlier run was interrupted")
+        self._listener.on_event(Status("going on where an earlier run was interrupted"))
 
     def record(self, position: Position) -> None:
         """Make `position` what an interrupted run goes on from."""
@@ -197,8 +198,10 @@ class Scratch:
         if error is None or isinstance(error, LastingError) or not self._recorded:
             _delete(self.folder)
         else:
-            self._status(
-                f"interrupted: the same command goes on; what it needs is in {self.folder} until --clean deletes it"
+            self._listener.on_event(
+                Status(
+                    f"interrupted: the same command goes on; what it needs is in {self.folder} until --clean deletes it"
+                )
             )
         self._lock.close()
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.inference.executor import Listener, name_of
+from infexport.inference.executor import name_of
 from infexport.inference.options import InferenceOptions
 from infexport.inference.prediction import Row
 from infexport.inference.predictor import Predictor
 from infexport.integrations.ray import images as many
 from infexport.integrations.ray import shards
 from infexport.integrations.ray.cluster import connected, workers_of
+from infexport.system.progress import ProgressListener, Status
 
 
 def scaled(
@@ -24,7 +25,7 @@ def scaled(
     bundle: Bundle,
     options: InferenceOptions,
     images: Sequence[Path | str],
-    listener: Listener,
+    listener: ProgressListener,
 ) -> list[Row]:
     """A row for every image, in their order.
 
@@ -52,10 +53,10 @@ def scaled(
         )
     with connected(address) as ray:
         workers = workers_of(ray, count, options.threads, shard_image)
-        listener.status(f"{workers.count} Ray workers of {workers.threads} cores each")
+        listener.on_event(Status(f"{workers.count} Ray workers of {workers.threads} cores each"))
         free, needed = ray.available_resources().get("CPU", 0), workers.count * workers.threads
         if free < needed:
-            listener.status(f"waiting for cores: {free:.0f} of the cluster's are free, {needed} needed")
+            listener.on_event(Status(f"waiting for cores: {free:.0f} of the cluster's are free, {needed} needed"))
         memory = options.memory or workers.memory
         options = replace(options, memory=memory, scratch=scratch, threads=workers.threads)
         if shard_image:

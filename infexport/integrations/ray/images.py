@@ -13,10 +13,17 @@ import numpy as np
 
 from infexport.errors import InfexportError
 from infexport.images.fetch import is_url
-from infexport.inference.executor import Listener, name_of
+from infexport.inference.executor import name_of
 from infexport.inference.prediction import Failure, Row
 from infexport.inference.predictor import Predictor, columns_of, rows_of
 from infexport.integrations.ray.cluster import Workers, last_line
+from infexport.system.progress import (
+    ItemsDone,
+    ProgressEvent,
+    ProgressListener,
+    SessionOpened,
+    Status,
+)
 from infexport.system.urls import scrubbed
 
 PART = 128
@@ -42,17 +49,17 @@ class Attempts:
         return self._begun[place]
 
 
-class Heard(Listener):
-    """Keeps what a person would like to know."""
+class RunNotes(ProgressListener):
+    """Keeps statuses and opened sessions, to be told by the driver."""
 
     def __init__(self) -> None:
         self.ran: list[tuple[str, ...]] = []
 
-    def status(self, message: str) -> None:
-        self.ran.append((message,))
-
-    def running(self, provider: str, precision: str) -> None:
-        self.ran.append((provider, precision))
+    def on_event(self, event: ProgressEvent) -> None:
+        if isinstance(event, Status):
+            self.ran.append((event.message,))
+        elif isinstance(event, SessionOpened):
+            self.ran.append((event.provider, event.precision))
 
 
 class Worker:
@@ -64,7 +71,7 @@ class Worker:
     """
 
     def __init__(self, predictor: Predictor, attempts: Any) -> None:
-        self._predictor, self._attempts, self._heard = predictor, attempts, Heard()
+        self._predictor, self._attempts, self._heard = predictor, attempts, RunNotes()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         import ray
@@ -97,7 +104,7 @@ def predict(
     predictor: Predictor,
     images: Sequence[Path | str],
     batch_size: int,
-    listener: Listener,
+    listener: ProgressListener,
 ) -> list[Row]:
     """A row for every image, in their order, as of `Predictor.predict`; an image whose worker dies each time is a
     failure.
@@ -122,7 +129,7 @@ def predict(
         try:
             for part in _done(ray, workers, predictor, images, parts, listener):
                 found |= part
-                listener.image(len(part))
+                listener.on_event(ItemsDone(len(part)))
         except ray.exceptions.RayError as error:
             hint = "run it without --ray: is it the images?"
             urls = [image for image in images if is_url(image)]
@@ -134,7 +141,7 @@ def predict(
             "it may need more memory than there is: fewer --workers have more each",
         )
         found[index] = Failure(name_of(images, index), died)
-        listener.image(1)
+        listener.on_event(ItemsDone(1))
     return [found[index] for index in range(len(images))]
 
 
@@ -150,7 +157,7 @@ def _done(
     predictor: Predictor,
     images: Sequence[Path | str],
     parts: Sequence[Sequence[int]],
-    listener: Listener,
+    listener: ProgressListener,
 ) -> Iterator[dict[int, Row]]:
     """The rows of every part, by their image's index; not those of parts whose worker died each time."""
     import pyarrow as pa
@@ -190,5 +197,5 @@ def _done(
             if line not in told:
                 told.add(line)
                 provider, _, precision = line.partition("\t")
-                listener.running(provider, precision) if precision else listener.status(line)
+                listener.on_event(SessionOpened(provider, precision)) if precision else listener.on_event(Status(line))
         yield dict(zip(parts[batch[PLACE][0]], rows, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from infexport.errors import InfexportError
 from infexport.images.fetch import at_hand, named
 from infexport.images.strips import Source
 from infexport.inference import memory
-from infexport.inference.executor import Listener, name_of, not_finite, source_of
+from infexport.inference.executor import name_of, not_finite, source_of
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import no_stages, size_text
 from infexport.inference.prediction import Failure, Prediction, Row
@@ -25,6 +24,13 @@ from infexport.inference.runners.factory import Opening
 from infexport.inference.streaming.driver import stages_of
 from infexport.inference.streaming.sharding import MEMORY_HINT, Lost, Shard, Sharded, rows_of
 from infexport.integrations.ray.cluster import Workers, last_line
+from infexport.system.progress import (
+    ItemsDone,
+    ProgressListener,
+    SessionOpened,
+    StageProgress,
+    Status,
+)
 from infexport.system.urls import scrubbed
 
 EVERY = 0.5
@@ -163,16 +169,18 @@ class RayTeam:
         )
         return options.remote(*self._arguments)
 
-    def open(self, status: Callable[[str], None]) -> tuple[str, str, list[str], int]:
+    def open(self, listener: ProgressListener) -> tuple[str, str, list[str], int]:
         """As of `Worker.open`, by all.
 
         Args:
-            status: told of a cluster that has no place for them now.
+            listener: told of a cluster that has no place for them now.
         """
         results = [actor.open.remote() for actor in self._actors]
         ready, _ = self._ray.wait(results, num_returns=len(results), timeout=PATIENCE)
         if len(ready) < len(results):
-            status(f"{len(ready)} of {len(results)} workers have started: the cluster may be in use by others")
+            listener.on_event(
+                Status(f"{len(ready)} of {len(results)} workers have started: the cluster may be in use by others")
+            )
         found: list[tuple[str, str, list[str], int]] = [self.value(result) for result in results]
         return found[0]
 
@@ -268,7 +276,7 @@ def predict(
     bundle: Bundle,
     options: InferenceOptions,
     images: Sequence[Path | str],
-    listener: Listener,
+    listener: ProgressListener,
 ) -> list[Row]:
     """A row for every image, in their order: each is run by all workers together.
 
@@ -288,12 +296,12 @@ def predict(
     rows: list[Row] = []
     with closing(RayTeam(ray, workers, bundle, options)) as team:
         try:
-            provider, precision, notes, chunk = team.open(listener.status)
+            provider, precision, notes, chunk = team.open(listener)
         except Lost as error:
             raise InfexportError("a worker is lost before it began", hint=MEMORY_HINT) from error
         for note in notes:
-            listener.status(note)
-        listener.running(provider, precision)
+            listener.on_event(Status(note))
+        listener.on_event(SessionOpened(provider, precision))
         for index, image in enumerate(images):
             name = name_of(images, index)
             try:
@@ -302,7 +310,7 @@ def predict(
                 rows.append(Failure(name, error))
             except Lost:
                 rows.append(Failure(name, InfexportError("a worker is lost as often as it begins", hint=MEMORY_HINT)))
-            listener.image(1)
+            listener.on_event(ItemsDone(1))
     return rows
 
 
@@ -313,16 +321,24 @@ def _predict(
     chunk: int,
     image: Path | str,
     name: str,
-    listener: Listener,
+    listener: ProgressListener,
 ) -> Prediction:
     grid, padded_share = team.look(image)
     team.take(image, rows_of(grid, team.count))
     stages = stages_of(bundle.manifest.stages or (), centrality=False)
-    sharded = Sharded(stages, team, chunk, partial(listener.sweep, name), listener.status)
+    sharded = Sharded(
+        stages,
+        team,
+        chunk,
+        lambda stage, done, total: listener.on_event(StageProgress(name, stage, done, total)),
+        lambda message: listener.on_event(Status(message)),
+    )
     outputs = sharded.run()
     facts = team.facts()
     blocks = sum(received for received, _ in facts)
-    listener.status(f"{team.count} workers exchanged {sharded.exchanged:,} bytes of sums and {blocks:,} of tokens")
+    listener.on_event(
+        Status(f"{team.count} workers exchanged {sharded.exchanged:,} bytes of sums and {blocks:,} of tokens")
+    )
     logits, features = outputs["logits"][0], outputs["features"][0]
     if not np.isfinite(logits).all():
         raise not_finite(name)

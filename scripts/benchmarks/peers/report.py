@@ -32,7 +32,7 @@ def limit(entry: Entry, entries: Sequence[Entry], side: int, batch: int, device:
     if contender.family == "gemm" or contender.how == "engine":
         return None
     config = CONFIGS[contender.family]
-    work = work_of(config.to_dict(), contender.folded, (side // config.patch_size) ** 2 + 1)
+    work = work_of(config, contender.folded, (side // config.patch_size) ** 2 + 1)
     return limit_of(work, batch, contender.precision, products, device)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import StatusRecorder
 from torch_stages import Counting, Killed, torch_bundle
 
 from infexport.errors import InfexportError
@@ -48,7 +49,7 @@ class Case:
     def run(self, counting=None):
         self.said.clear()
         identity = Identity([self.file], {"chunk": CHUNK}, "a place")
-        with Scratch(self.root, identity, self.said.append) as scratch:
+        with Scratch(self.root, identity, StatusRecorder(self.said)) as scratch:
             source = Source(ArrayRows(self.image), 8, "pad")
             runner = counting or Counting(self.runner)
             return stream(self.bundle, runner, source, scratch, CHUNK, self.half, centrality=True)

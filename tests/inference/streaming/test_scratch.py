@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import StatusRecorder
 from torch_stages import Counting, Killed, torch_bundle
 
 from infexport.errors import InfexportError, LastingError
@@ -18,6 +19,7 @@ from infexport.inference.streaming import stream
 from infexport.inference.streaming.driver import Position
 from infexport.inference.streaming.resume import Identity, Scratch, clean
 from infexport.inference.streaming.token_store import FileStore
+from infexport.system.progress import SILENT
 
 
 @pytest.fixture
@@ -29,7 +31,10 @@ def image_file(tmp_path):
 
 def left_by(root, identity, position=None, said=None, error=Killed):
     """A folder as a run leaves it that was killed, or ended by an error."""
-    with suppress(Killed, Exception), Scratch(root, identity, (said if said is not None else []).append) as scratch:
+    with (
+        suppress(Killed, Exception),
+        Scratch(root, identity, StatusRecorder(said if said is not None else [])) as scratch,
+    ):
         (scratch.folder / "tokens").write_bytes(b"x" * 5000)
         scratch.record(position or Position(3, 5))
         raise error
@@ -40,7 +45,7 @@ def test_a_record_is_read_as_it_was_written(image_file, tmp_path):
     sums, added = {"mass": np.arange(2.0)}, {"moment": np.ones((1, 2))}
     checksums = {"tokens/3": np.arange(4, dtype=np.uint32)}
     left_by(tmp_path, Identity([image_file], {"chunk": 7}), Position(3, 5, sums, added, checksums=checksums))
-    with Scratch(tmp_path, Identity([image_file], {"chunk": 7}), print) as scratch:
+    with Scratch(tmp_path, Identity([image_file], {"chunk": 7}), SILENT) as scratch:
         again = scratch.position
     assert (again.stage, again.done) == (3, 5)
     for found, expected in ((again.sums, sums), (again.added, added), (again.checksums, checksums)):
@@ -52,22 +57,22 @@ def test_every_fingerprint_has_a_folder_of_its_own(image_file, tmp_path):
     said: list[str] = []
     first = left_by(tmp_path, Identity([image_file], {"chunk": 7}, "a"), said=said)
     assert said[0].startswith("starting: no run of this image is kept in")
-    with Scratch(tmp_path, Identity([image_file], {"chunk": 8}, "a"), said.append) as other:
+    with Scratch(tmp_path, Identity([image_file], {"chunk": 8}, "a"), StatusRecorder(said)) as other:
         assert other.position is None
         assert said[-1] == f"starting anew: the run that is kept in {first} had another chunk"
-        with Scratch(tmp_path, Identity([image_file], {"chunk": 7}, "a"), print) as again:
+        with Scratch(tmp_path, Identity([image_file], {"chunk": 7}, "a"), SILENT) as again:
             assert again.folder == first
             assert (again.position.stage, again.position.done) == (3, 5)
-            with Scratch(tmp_path, Identity([image_file], {"chunk": 7}, "a"), said.append) as beside:
+            with Scratch(tmp_path, Identity([image_file], {"chunk": 7}, "a"), StatusRecorder(said)) as beside:
                 assert said[-1] == f"starting: another process is in {first}"
                 assert len({beside.folder, again.folder, other.folder}) == 3
 
 
 def test_of_several_folders_that_with_a_record_is_gone_on_with(image_file, tmp_path):
     identity = Identity([image_file], {})
-    with Scratch(tmp_path, identity, print):
+    with Scratch(tmp_path, identity, SILENT):
         left = left_by(tmp_path, identity)  # beside it
-    with Scratch(tmp_path, identity, print) as again:
+    with Scratch(tmp_path, identity, SILENT) as again:
         assert again.folder == left
         assert again.position is not None
 
@@ -79,7 +84,7 @@ def test_another_image_in_its_place_is_another_run(content, image_file, tmp_path
     image_file.write_bytes(content)
     os.utime(image_file, ns=(status.st_atime_ns, status.st_mtime_ns))
     said: list[str] = []
-    with Scratch(tmp_path, Identity([image_file], {}, "a"), said.append) as scratch:
+    with Scratch(tmp_path, Identity([image_file], {}, "a"), StatusRecorder(said)) as scratch:
         assert scratch.position is None
     assert said[0].endswith("had another image")
 
@@ -99,7 +104,7 @@ def test_all_files_of_a_slide_count(image_file, tmp_path):
 
 
 def test_an_error_of_ours_leaves_nothing(image_file, tmp_path):
-    with pytest.raises(InfexportError, match="damaged"), Scratch(tmp_path / "s", Identity([image_file], {}), print):
+    with pytest.raises(InfexportError, match="damaged"), Scratch(tmp_path / "s", Identity([image_file], {}), SILENT):
         raise InfexportError("damaged")
     assert not list((tmp_path / "s").iterdir())
 
@@ -109,7 +114,7 @@ def test_errors_that_may_pass_keep_what_was_recorded(error, image_file, tmp_path
     said: list[str] = []
     left_by(tmp_path, Identity([image_file], {}), said=said, error=error)
     assert said[-1].startswith("interrupted: the same command goes on")
-    with Scratch(tmp_path, Identity([image_file], {}), print) as scratch:
+    with Scratch(tmp_path, Identity([image_file], {}), SILENT) as scratch:
         assert scratch.position.done == 5
 
 
@@ -128,10 +133,10 @@ def test_a_disk_that_fails_to_read_the_record_deletes_nothing(image_file, tmp_pa
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", fails)
-    with pytest.raises(InfexportError, match="cannot use"), Scratch(tmp_path, Identity([image_file], {}), print):
+    with pytest.raises(InfexportError, match="cannot use"), Scratch(tmp_path, Identity([image_file], {}), SILENT):
         pass
     monkeypatch.undo()
-    with Scratch(tmp_path, Identity([image_file], {}), print) as scratch:
+    with Scratch(tmp_path, Identity([image_file], {}), SILENT) as scratch:
         assert scratch.folder == folder
         assert scratch.position is not None
 
@@ -139,7 +144,7 @@ def test_a_disk_that_fails_to_read_the_record_deletes_nothing(image_file, tmp_pa
 def test_clean_deletes_what_was_left_and_nothing_that_is_in_use(image_file, tmp_path):
     folder = left_by(tmp_path, Identity([image_file], {}))
     (tmp_path / "somebody else's").mkdir()
-    with Scratch(tmp_path, Identity([image_file], {"chunk": 1}), print) as alive:
+    with Scratch(tmp_path, Identity([image_file], {"chunk": 1}), SILENT) as alive:
         (alive.folder / "tokens").write_bytes(b"x" * 5000)
         assert clean(tmp_path) >= 5000
         assert not folder.exists()
@@ -200,7 +205,7 @@ def test_a_disk_without_locks_is_told(image_file, tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr("fcntl.flock", fail)
-    with pytest.raises(InfexportError) as error, Scratch(tmp_path, Identity([image_file], {}), print):
+    with pytest.raises(InfexportError) as error, Scratch(tmp_path, Identity([image_file], {}), SILENT):
         pass
     assert error.value.details == os.strerror(errno.ENOLCK)
 
@@ -223,14 +228,14 @@ def test_killed_while_it_is_deleted_it_starts_anew(image_file, tmp_path, monkeyp
     monkeypatch.undo()
     assert deleted[:2] == ["state.npz", "run.json"]
     assert (folder / "lock").exists()  # which --clean needs to find it again
-    with Scratch(tmp_path, identity, print) as scratch:
+    with Scratch(tmp_path, identity, SILENT) as scratch:
         assert scratch.position is None
 
 
 def test_a_record_that_is_none_starts_anew(image_file, tmp_path):
     folder = left_by(tmp_path, Identity([image_file], {}))
     (folder / "state.npz").write_bytes(b"half a record")
-    with Scratch(tmp_path, Identity([image_file], {}), print) as scratch:
+    with Scratch(tmp_path, Identity([image_file], {}), SILENT) as scratch:
         assert scratch.position is None
 
 
@@ -239,7 +244,7 @@ def test_a_record_of_which_a_byte_has_changed_starts_anew(image_file, tmp_path):
     content = bytearray((folder / "state.npz").read_bytes())
     content[-30] ^= 1
     (folder / "state.npz").write_bytes(content)
-    with Scratch(tmp_path, Identity([image_file], {}), print) as scratch:
+    with Scratch(tmp_path, Identity([image_file], {}), SILENT) as scratch:
         assert scratch.position is None
 
 
@@ -250,7 +255,7 @@ def test_links_in_it_are_not_written_through(name, image_file, tmp_path):
     victim.write_text("precious")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(victim)
-    with suppress(InfexportError), Scratch(tmp_path, Identity([image_file], {}), print) as scratch:
+    with suppress(InfexportError), Scratch(tmp_path, Identity([image_file], {}), SILENT) as scratch:
         scratch.record(Position())
     assert victim.read_text() == "precious"
 
@@ -266,7 +271,7 @@ def test_a_folder_of_somebody_else_is_refused(image_file, tmp_path, monkeypatch)
     identity = Identity([image_file], {})
     (tmp_path / f"{identity.name}-1").mkdir()
     monkeypatch.setattr("os.geteuid", lambda: 12345)
-    with pytest.raises(InfexportError, match="not this user's"), Scratch(tmp_path, identity, print):
+    with pytest.raises(InfexportError, match="not this user's"), Scratch(tmp_path, identity, SILENT):
         pass
 
 
@@ -274,7 +279,7 @@ def test_rounding_is_that_of_the_whole_run(image_file, tmp_path):
     (bundle, runner), image = torch_bundle(), synthetic_image(100, 130)
 
     def run(counting):
-        with Scratch(tmp_path / "scratch", Identity([image_file], {}), print) as scratch:
+        with Scratch(tmp_path / "scratch", Identity([image_file], {}), SILENT) as scratch:
             source = Source(ArrayRows(image), bundle.manifest.config.patch_size, "pad")
             return stream(bundle, counting, source, scratch, chunk=3, half=True)
 

@@ -193,7 +193,7 @@ def test_chunking_changes_nothing(shape, height, width, chunk, seed):
         layout = layout_of(stages, range(source.tokens), chunk, bool(seed % 2), centrality)
         heads = {"centrality": network.config.num_heads}
         tokens = Tokens(layout, lambda name, rows, heads=heads: MemoryStore(rows, heads.get(name, 16), np.float32))
-        maps = Maps(stages, network.config.to_dict(), source.grid, None, {})
+        maps = Maps(stages, network.config, source.grid, None, {})
         observe = maps if centrality else lambda stage, tokens, sums: None
         found = Driver(stages, runner, source, tokens, chunk, observe=observe).run()["logits"]
         padded = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")[None]

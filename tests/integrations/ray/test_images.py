@@ -22,13 +22,13 @@ from support import relative_error
 
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
-from infexport.inference.executor import Listener
 from infexport.inference.options import InferenceOptions
 from infexport.inference.prediction import Failure
 from infexport.inference.predictor import Predictor
 from infexport.integrations.ray import scaled
 from infexport.integrations.ray.cluster import Workers
 from infexport.integrations.ray.images import PART, part_size, predict
+from infexport.system.progress import ItemsDone, ProgressListener
 
 pytestmark = pytest.mark.ray
 
@@ -111,7 +111,7 @@ def test_a_worker_that_is_killed_changes_nothing(ray, bundle, digits, noted, tmp
 
     killer = threading.Thread(target=kill)
     killer.start()
-    rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, Listener())
+    rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, ProgressListener())
     killer.join()
     same(rows, Predictor(bundle, batch_size=8, threads=1).predict(files))
     times = Counter((tmp_path / "begun").read_text().splitlines())
@@ -123,9 +123,10 @@ def test_an_image_that_its_worker_dies_of_is_one_failure(ray, bundle, digits, no
     monkeypatch.setattr(Noted, "poison", files[9].name)
     done = []
 
-    class Counted(Listener):
-        def image(self, count):
-            done.append(count)
+    class Counted(ProgressListener):
+        def on_event(self, event):
+            if isinstance(event, ItemsDone):
+                done.append(event.count)
 
     rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, Counted())
     assert isinstance(rows[9], Failure)
@@ -141,7 +142,7 @@ def test_an_exception_of_a_worker_is_told_as_it_is(ray, bundle, digits, noted, m
     """And not as a death, for which more memory would be the remedy."""
     files = sorted(digits.iterdir())[:8]
     monkeypatch.setattr(Noted, "odd", files[3].name)
-    rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, Listener())
+    rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, ProgressListener())
     (failed,) = [index for index, row in enumerate(rows) if isinstance(row, Failure)]
     assert failed == 3
     assert (rows[3].error.summary, rows[3].error.details) == ("a worker failed", "ZeroDivisionError: by nothing")
@@ -200,7 +201,7 @@ def test_what_a_run_says_of_an_image_is_kept(ray, bundle, digits):
     files = [min(digits.iterdir()), digits / "gone.png"]
     options = InferenceOptions(execution="stream", chunk=64, tokens="float16", size="native", threads=1)
     expected = Predictor.of(open_bundle(bundle), options).predict(files)
-    row, failure = scaled("local", 1, False, open_bundle(bundle), options, files, Listener())
+    row, failure = scaled("local", 1, False, open_bundle(bundle), options, files, ProgressListener())
     for name in ("file", "grid", "padded_share", "execution", "rounding"):
         assert getattr(row, name) == getattr(expected[0], name), name
     assert row.rounding > 0
@@ -229,7 +230,9 @@ def test_a_pipeline_of_one_s_own(ray, bundle, digits):
 def test_many_images_by_ray_s_client(bundle, digits):
     options = InferenceOptions()
     with pytest.raises(InfexportError, match="many images cannot be handed out through ray://head:10001"):
-        scaled("ray://head:10001", None, False, open_bundle(bundle), options, [min(digits.iterdir())], Listener())
+        scaled(
+            "ray://head:10001", None, False, open_bundle(bundle), options, [min(digits.iterdir())], ProgressListener()
+        )
 
 
 def test_nothing_that_ray_will_remove_is_used(ray, bundle, digits):
@@ -237,20 +240,22 @@ def test_nothing_that_ray_will_remove_is_used(ray, bundle, digits):
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        predict(ray, Workers(1, 1, 0, None), Predictor(bundle, threads=1), [min(digits.iterdir())], 1, Listener())
+        predict(
+            ray, Workers(1, 1, 0, None), Predictor(bundle, threads=1), [min(digits.iterdir())], 1, ProgressListener()
+        )
     assert not [str(one.message) for one in caught if issubclass(one.category, RayDeprecationWarning)]
 
 
 def test_workers_that_cannot_open_the_bundle(ray, bundle, digits, tmp_path):
     predictor = Predictor(tmp_path / "gone")
     with pytest.raises(InfexportError, match="not a bundle"):
-        predict(ray, Workers(1, 1, 0, None), predictor, sorted(digits.iterdir())[:2], 1, Listener())
+        predict(ray, Workers(1, 1, 0, None), predictor, sorted(digits.iterdir())[:2], 1, ProgressListener())
 
 
 def test_more_workers_than_cores(ray, bundle, digits):
     options = InferenceOptions()
     with pytest.raises(InfexportError, match="no place for 1000 workers of 1 cores each") as caught:
-        scaled("local", 1000, False, open_bundle(bundle), options, sorted(digits.iterdir())[:1], Listener())
+        scaled("local", 1000, False, open_bundle(bundle), options, sorted(digits.iterdir())[:1], ProgressListener())
     assert caught.value.details.startswith("the cluster has ")
 
 

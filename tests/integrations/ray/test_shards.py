@@ -20,12 +20,13 @@ from support import relative_error
 from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
 from infexport.evaluation.synthetic_images import synthetic_image
-from infexport.inference.executor import Listener, Run
+from infexport.inference.executor import Run
 from infexport.inference.options import InferenceOptions
 from infexport.inference.prediction import Failure
 from infexport.inference.streaming.sharding import exchanged_bytes
 from infexport.integrations.ray import scaled
 from infexport.integrations.ray.shards import Worker
+from infexport.system.progress import ProgressListener, StageProgress, Status
 
 pytestmark = pytest.mark.ray
 
@@ -50,7 +51,7 @@ def test_the_answer_of_one(ray, bundle, scene, tmp_path):
     Image.fromarray(tifffile.imread(scene)[:300, :500]).save(tmp_path / "part.png")
     files = [scene, tmp_path / "part.png"]
     expected = Run(bundle, options_of())(files)
-    found = scaled("local", 2, True, bundle, options_of(), files, Listener())
+    found = scaled("local", 2, True, bundle, options_of(), files, ProgressListener())
     for row, other in zip(found, expected, strict=True):
         assert (row.file, row.grid, row.padded_share) == (other.file, other.grid, other.padded_share)
         assert relative_error(row.logits, other.logits) <= 1e-5
@@ -58,25 +59,24 @@ def test_the_answer_of_one(ray, bundle, scene, tmp_path):
         assert row.execution == "stream, 2 shards, tokens in memory"
 
 
-class Killer(Listener):
+class Killer(ProgressListener):
     """Kills a worker in a stage."""
 
     def __init__(self, processes, stage):
         self.processes, self.stage = processes, stage
         self.messages, self.killed = [], None
 
-    def sweep(self, file, stage, done, total):
-        if stage == self.stage and self.killed is None:
+    def on_event(self, event):
+        if isinstance(event, StageProgress) and event.stage == self.stage and self.killed is None:
             self.killed = self.processes("InfexportShard")[-1]
             os.kill(self.killed, signal.SIGKILL)
-
-    def status(self, message):
-        self.messages.append(message)
+        elif isinstance(event, Status):
+            self.messages.append(event.message)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_worker_that_is_killed_changes_no_bit(ray, bundle, scene, processes, stage):
-    (expected,) = scaled("local", 2, True, bundle, options_of(), [scene], Listener())
+    (expected,) = scaled("local", 2, True, bundle, options_of(), [scene], ProgressListener())
     killer = Killer(processes, stage)
     (found,) = scaled("local", 2, True, bundle, options_of(), [scene], killer)
     assert np.array_equal(found.logits, expected.logits)
@@ -89,7 +89,7 @@ def test_an_image_that_fails_does_not_stop_the_others(ray, bundle, scene, tmp_pa
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
     Image.fromarray(synthetic_image(8, 300)).save(tmp_path / "flat.png")
     files = [tmp_path / "cut.tif", tmp_path / "flat.png", scene]
-    cut, flat, good = scaled("local", 2, True, bundle, options_of(), files, Listener())
+    cut, flat, good = scaled("local", 2, True, bundle, options_of(), files, ProgressListener())
     assert isinstance(cut, Failure)
     assert "damaged or truncated" in cut.error.summary
     assert "2 shards of an image with 1 rows of patches" in flat.error.summary
@@ -99,7 +99,7 @@ def test_an_image_that_fails_does_not_stop_the_others(ray, bundle, scene, tmp_pa
 
 def test_a_shard_that_does_not_fit(ray, bundle, scene):
     options = InferenceOptions(execution="stream", memory=2**20, size="native", threads=1)
-    (row,) = scaled("local", 2, True, bundle, options, [scene], Listener())
+    (row,) = scaled("local", 2, True, bundle, options, [scene], ProgressListener())
     assert re.match(r"a shard of [\d,]+ tokens does not fit into 1MiB", row.error.summary)
     assert "more --workers" in row.error.hint
 
@@ -107,7 +107,7 @@ def test_a_shard_that_does_not_fit(ray, bundle, scene):
 def test_a_bundle_that_cannot_be_run_is_no_image_s_failure(ray, bundle, scene):
     options = InferenceOptions(execution="stream", size="native", provider="engine", threads=1)
     with pytest.raises(InfexportError, match="engine"):
-        scaled("local", 2, True, bundle, options, [scene, scene], Listener())
+        scaled("local", 2, True, bundle, options, [scene, scene], ProgressListener())
 
 
 def test_a_copy_of_what_was_fetched_is_deleted(ray, bundle, scene):
@@ -115,7 +115,7 @@ def test_a_copy_of_what_was_fetched_is_deleted(ray, bundle, scene):
         return set(Path(tempfile.gettempdir()).glob("infexport-*/image*"))
 
     before = left()
-    (row,) = scaled("local", 2, True, bundle, options_of(), [f"file://{scene}"], Listener())
+    (row,) = scaled("local", 2, True, bundle, options_of(), [f"file://{scene}"], ProgressListener())
     assert not isinstance(row, Failure)
     assert left() == before
 
@@ -128,7 +128,7 @@ def test_lack_of_memory_is_the_image_s_failure(ray, bundle, scene, monkeypatch):
 
     monkeypatch.setattr(Worker, "take", take)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    (row,) = scaled("local", 1, True, bundle, options_of(), [scene], Listener())
+    (row,) = scaled("local", 1, True, bundle, options_of(), [scene], ProgressListener())
     assert row.error.summary == "a worker has not enough memory"
 
 

@@ -175,7 +175,7 @@ def test_an_engine_for_infexport_in_the_server(infexport, engines, tmp_path):
     infexport("package", "triton", folder, "-o", tmp_path / "r", *options)
     model = tmp_path / "r" / "engines"
     (engine,) = open_bundle(model / "1" / "bundle").engines
-    assert (engine["target"], engine["state"]) == ("a100", "current")
+    assert (engine.recorded.target, engine.state) == ("a100", "current")
     parameters = config_in(model).parameters
     assert (parameters["provider"].string_value, parameters["engine"].string_value) == ("engine", "a100-fp16")
     assert list(config_in(model).instance_group[0].gpus) == [0]

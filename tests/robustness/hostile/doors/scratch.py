@@ -18,16 +18,16 @@ from hostile.doors.folder import remove
 from hostile.mutate import INTERESTING, mutate_bytes, mutate_json
 from hostile.seeds import copy_tree
 from hostile.watch import Violation
-from infexport.inference.executor import Listener
 from infexport.inference.options import InferenceOptions
 from infexport.inference.predictor import Predictor
+from infexport.system.progress import ProgressEvent, ProgressListener, StageProgress
 
 
-class Interrupting(Listener):
+class Interrupting(ProgressListener):
     """Ends the run once some of it is recorded."""
 
-    def sweep(self, file: str, stage: int, done: int, total: int) -> None:
-        if stage >= 3:
+    def on_event(self, event: ProgressEvent) -> None:
+        if isinstance(event, StageProgress) and event.stage >= 3:
             raise KeyboardInterrupt
 
 
