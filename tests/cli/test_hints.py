@@ -20,6 +20,7 @@ from infexport.conversion.tensorrt.profiles import check_stages, check_whole, pe
 from infexport.errors import InfexportError
 from infexport.inference.runners.tensorrt import EngineSession
 from infexport.system.gpus import TARGETS, Target
+from infexport.system.progress import ProgressListener
 from infvit.stage_scope import StageScope
 
 PACKAGE = Path(infexport.__file__).parent

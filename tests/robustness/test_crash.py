@@ -27,6 +27,7 @@ from infexport.inference.tensorrt_libraries import TensorRTRTX
 from infexport.system import atomic_files
 from infexport.system.atomic_files import PREFIX, partial_folder, recover, sweep
 from infexport.system.gpus import TARGETS
+from infexport.system.progress import ProgressListener
 
 Moment = Callable[[str], None]
 watched: list[tuple[Path, Moment]] = []
