@@ -26,7 +26,7 @@ from infexport.bundle.manifest import (
 )
 from infexport.errors import InfexportError
 from infexport.system.atomic_files import PREFIX, create_folder, recover
-from infexport.system.untrusted_files import json_of, listed, read_small
+from infexport.system.untrusted_files import listed, parse_json, read_small
 
 T = TypeVar("T")
 ENGINES = "engines"
@@ -72,7 +72,7 @@ class Bundle:
             return None
         file, classes = self.path / LABELS, self.manifest.config.num_classes
         try:
-            labels = json_of(read_small(file))
+            labels = parse_json(read_small(file))
             json.dumps(labels, ensure_ascii=False).encode()  # no halves of surrogate pairs
         except (ValueError, OSError) as error:
             raise InfexportError(f"unreadable: {file}", str(error), "convert the checkpoint again") from error

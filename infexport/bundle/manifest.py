@@ -13,7 +13,7 @@ from typing import Any
 from infexport.bundle.integrity import is_sealed, sealed
 from infexport.errors import InfexportError
 from infexport.images.preprocess import Preprocessing
-from infexport.system.untrusted_files import is_plain_name, json_of, read_small
+from infexport.system.untrusted_files import is_plain_name, parse_json, read_small
 from infvit.config import InfViTConfig
 from infvit.stage_scope import StageScope
 
@@ -173,7 +173,7 @@ def read_sealed(file: Path) -> tuple[dict[str, Any], bool]:
     """
     try:
         content = read_small(file)
-        values = json_of(content)
+        values = parse_json(content)
     except (ValueError, OSError) as error:
         raise InfexportError(
             f"unreadable: {file}", str(error), "make it again: it is not as infexport wrote it"

@@ -36,7 +36,7 @@ class Provenance:
     files: list[Checked]
 
 
-def provenance_of(bundle: Bundle) -> Provenance:
+def check_provenance(bundle: Bundle) -> Provenance:
     """The state of every file that the manifest and the sidecars of engines have recorded."""
 
     def checked(recorded: Mapping[str, str], changed: Mapping[str, Path]) -> list[Checked]:

@@ -10,7 +10,7 @@ from infexport.bundle.bundle import Bundle
 from infexport.bundle.manifest import Manifest
 
 
-def warnings_of(manifest: Manifest) -> list[str]:
+def bundle_warnings(manifest: Manifest) -> list[str]:
     """What a user must know before trusting the answers."""
     overridden = [f"a config of the checkpoint says otherwise: {sentence}" for sentence in manifest.overridden]
     if manifest.finetuned:

@@ -9,7 +9,7 @@ from infexport.bundle import Bundle
 from infexport.cli.console import Output, Phases, TokenPasses
 from infexport.inference.prediction import Answered, Prediction
 from infexport.inference.runners.onnxruntime import remarks
-from infexport.inference.streaming.driver import stages_of
+from infexport.inference.streaming.driver import select_stages
 from infexport.system.progress import (
     ItemsDone,
     PhaseProgress,
@@ -41,7 +41,7 @@ class ConsoleProgress(ProgressListener):
         sinks: Sequence[Callable[[int, Prediction], None]] = (),
     ) -> None:
         self._out, self._bar, self._sinks = out, bar, sinks
-        stages = stages_of((bundle and bundle.manifest.stages) or (), centrality)
+        stages = select_stages((bundle and bundle.manifest.stages) or (), centrality)
         self._passes = TokenPasses(out, [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in stages])
         self._remarked: set[str] = set()
 

@@ -12,7 +12,7 @@ from infexport.bundle.manifest import MODEL
 from infexport.bundle.provenance import Provenance
 from infexport.cli.console import Output
 from infexport.evaluation.inspect import Graph, Part, Resolution
-from infexport.inference.planner import Way
+from infexport.inference.planner import ExecutionMode
 
 CHECKPOINT = {
     "unchanged": "there and unchanged",
@@ -20,7 +20,7 @@ CHECKPOINT = {
     "gone": "gone from where it was",
     "unreadable": "there, but this user may not read it",
 }
-WAYS: dict[Way, str] = {"whole": "whole", "memory": "streamed", "disk": "with scratch"}
+WAYS: dict[ExecutionMode, str] = {"whole": "whole", "memory": "streamed", "disk": "with scratch"}
 
 
 def provenance(out: Output, bundle: Bundle, found: Provenance) -> None:

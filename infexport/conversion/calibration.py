@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from infexport.conversion.passes import Inputs, weight_key
+from infexport.conversion.passes import ActivationStats, weight_key
 from infexport.conversion.passes.graph_editor import Editor
 from infexport.conversion.passes.token_matmuls import find_products
 from infexport.errors import InfexportError
 from infexport.images.decode import read_image
 from infexport.images.preprocess import Preprocessing, fit, normalise
-from infexport.inference.runners.onnxruntime import session_of
+from infexport.inference.runners.onnxruntime import open_memory_session
 from infexport.system.progress import (
     ItemsDone,
     ProgressListener,
@@ -44,7 +44,7 @@ def batches(
         listener.on_event(ItemsDone())
 
 
-def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:
+def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, ActivationStats]:
     """Run a whole graph on images and observe what its products, but for the patch embedding, are given.
 
     Args:
@@ -61,7 +61,7 @@ def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:
     products = [product for product in find_products(model.graph) if product.largest is None]
     keys = [weight_key(product) for product in products]
     measures = {x: _measures(model.graph, x) for x in dict.fromkeys(product.x for product in products)}
-    session = session_of(ir.to_proto(model).SerializeToString(), graph.parent)
+    session = open_memory_session(ir.to_proto(model).SerializeToString(), graph.parent)
     found = {key: _Met() for key in keys}
     for batch in images:
         values = session.run(
@@ -77,7 +77,7 @@ def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Inputs]:
                     "finite ones",
                     "check the checkpoint: its weights may be too large for float32",
                 )
-    return {key: Inputs(met.low, met.high, np.asarray(met.total / met.tokens)) for key, met in found.items()}
+    return {key: ActivationStats(met.low, met.high, np.asarray(met.total / met.tokens)) for key, met in found.items()}
 
 
 @dataclass

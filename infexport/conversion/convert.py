@@ -36,9 +36,9 @@ from infexport.conversion.calibration import batches, calibrate
 from infexport.conversion.image_model import ImageModel
 from infexport.conversion.neumann_terms import measure_truncation
 from infexport.conversion.onnx_export import MAX_GRID, export_model
-from infexport.conversion.passes import Inputs, Unrepresentable, lower
+from infexport.conversion.passes import ActivationStats, Unrepresentable, lower
 from infexport.conversion.stages import export_stages
-from infexport.conversion.weights import Beside
+from infexport.conversion.weights import SharedWeightsWriter
 from infexport.errors import InfexportError
 from infexport.images.preprocess import Preprocessing
 from infexport.inference.centrality import CENTRALITY
@@ -47,7 +47,7 @@ from infexport.system.progress import (
     ProgressListener,
     Status,
 )
-from infexport.system.untrusted_files import json_of, read_small
+from infexport.system.untrusted_files import parse_json, read_small
 from infsa_ops.neumann_kernel import bounds
 from infvit.checkpoint import Checkpoint, build_network, load_checkpoint
 from infvit.config import MAX_TERMS
@@ -186,7 +186,7 @@ def convert(
 
 def _write_whole(
     model: ImageModel, file: Path, precision: str, images: Iterator[NDArray[Any]] | None
-) -> tuple[dict[str, Inputs] | None, Beside]:
+) -> tuple[dict[str, ActivationStats] | None, SharedWeightsWriter]:
     """Export, lower and save the whole graph, and beside it the one that also gives centrality; what its products met,
     where images tell, and what writes other graphs beside it.
     """
@@ -201,13 +201,13 @@ def _write_whole(
     _lower(graph, precision, met, model)
     _save(with_outputs(graph, OUTPUTS), file)
     onnx.checker.check_model(file, full_check=True)
-    beside = Beside(file, graph)
+    beside = SharedWeightsWriter(file, graph)
     beside.save(with_outputs(graph, [*OUTPUTS, CENTRALITY]), CENTRALITY_MODEL)
     return met, beside
 
 
 def _lowered_stages(
-    model: ImageModel, precision: str, met: dict[str, Inputs] | None
+    model: ImageModel, precision: str, met: dict[str, ActivationStats] | None
 ) -> Iterator[tuple[Stage, ir.Model | None]]:
     for stage, graph in export_stages(model):
         if graph is not None:
@@ -215,12 +215,12 @@ def _lowered_stages(
         yield stage, graph
 
 
-def _lower(graph: ir.Model, precision: str, met: dict[str, Inputs] | None, model: ImageModel) -> None:
+def _lower(graph: ir.Model, precision: str, met: dict[str, ActivationStats] | None, model: ImageModel) -> None:
     """Lower a graph, and refuse weights that are not finite then, by the network's own name of them."""
     try:
         lower(graph, precision, met)
     except Unrepresentable as error:
-        name = _name_of(error.weight, model)
+        name = _parameter_name(error.weight, model)
         raise InfexportError(f"a weight does not fit {precision}: {name}", error.details, error.hint) from error
     for name, value in graph.graph.initializers.items():
         tensor = value.const_value
@@ -235,7 +235,7 @@ def _lower(graph: ir.Model, precision: str, met: dict[str, Inputs] | None, model
             )
 
 
-def _name_of(weight: NDArray[Any], model: ImageModel) -> str:
+def _parameter_name(weight: NDArray[Any], model: ImageModel) -> str:
     """The parameter whose numbers, in whatever order, a weight of a graph has."""
     numbers = np.sort(weight, axis=None)
     for name, parameter in model.named_parameters():
@@ -299,7 +299,7 @@ def _read_labels(file: Path) -> list[Any] | dict[str, Any]:
         text = read_small(file).decode("utf-8-sig")  # with or without a byte order mark
         if not text.lstrip().startswith(("[", "{")):
             return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
-        values: list[Any] | dict[str, Any] = json_of(text)
+        values: list[Any] | dict[str, Any] = parse_json(text)
         return values
     except (OSError, ValueError) as error:
         raise InfexportError(

@@ -116,7 +116,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def program_of(
+def export_program(
     module: torch.nn.Module,
     args: tuple[Any, ...],
     dynamic_shapes: Any = None,
@@ -159,7 +159,7 @@ def export_model(
     output_names: Sequence[str] | None = None,
 ) -> ir.Model:
     """What `export` returns, as an `onnx_ir.Model` whose weights stay torch's (no copy, no 2 GB limit)."""
-    return attach_bodies(program_of(module, args, dynamic_shapes, input_names, output_names).model)
+    return attach_bodies(export_program(module, args, dynamic_shapes, input_names, output_names).model)
 
 
 def export(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None) -> onnx.ModelProto:

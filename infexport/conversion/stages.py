@@ -1,4 +1,4 @@
-"""The sweeps of `infvit.stages` as ONNX graphs beside the whole graph, in whose weights file theirs lie."""
+"""The stages of `infvit.stages` as ONNX graphs beside the whole graph, in whose weights file theirs lie."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.export import Dim
 
 from infexport.bundle.manifest import Stage
 from infexport.conversion.image_model import ImageModel
-from infexport.conversion.onnx_export import MAX_GRID, attach_bodies, program_of, quiet
+from infexport.conversion.onnx_export import MAX_GRID, attach_bodies, export_program, quiet
 from infexport.inference.centrality import CENTRALITY
 from infvit.stage_scope import StageScope
-from infvit.stages import Score, Sweep, sweeps
+from infvit.stages import Score, StageModule, make_stages
 
 
-class SideBySide(nn.Module):
+class IndependentStages(nn.Module):
     """Sweeps that have nothing to do with each other, in one module: half of what an export takes is its beginning."""
 
-    def __init__(self, parts: Sequence[Sweep]) -> None:
+    def __init__(self, parts: Sequence[StageModule]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.counts = [len(part.inputs) for part in parts]
@@ -37,7 +37,7 @@ class SideBySide(nn.Module):
 
 
 def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
-    """The graphs of all sweeps, one at a time.
+    """The graphs of all make_stages, one at a time.
 
     Layers have equal graphs with other weights, so each kind is exported once.
 
@@ -47,7 +47,7 @@ def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
     Yields:
         Stages, in the order in which they are run, and the graph of each; None where an earlier stage has the same.
     """
-    cut = sweeps(model.network, model.normalise)
+    cut = make_stages(model.network, model.normalise)
     kinds = [_kind(sweep) for sweep in cut]
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     parts = [cut[index] for index in sorted(first.values())]
@@ -58,7 +58,7 @@ def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
         tensors = _tensors(sweep)
         # what is the same again has one graph; without weights, all layers have
         namesake = cut.index(sweep) if tensors else first[kind]
-        file = f"stream-{namesake:02}-{type(sweep).__name__.lower()}.onnx"
+        file = f"stream-{namesake:02}-{sweep.name}.onnx"
         stage = Stage(file, sweep.over, list(sweep.inputs), list(sweep.outputs), sweep.optional)
         if namesake != index:
             yield stage, None
@@ -73,19 +73,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _kind(sweep: Sweep) -> tuple[Any, ...]:
-    """Equal for sweeps that differ in their weights alone."""
+def _kind(sweep: StageModule) -> tuple[Any, ...]:
+    """Equal for stages that differ in their weights alone."""
     shapes = ((name, tensor.shape, tensor.dtype) for name, tensor in _tensors(sweep).items())
     return (type(sweep), sweep.inputs, sweep.outputs, *shapes)
 
 
-def _names(sweep: Sweep, prefix: str = "") -> tuple[list[str], list[str]]:
+def _names(sweep: StageModule, prefix: str = "") -> tuple[list[str], list[str]]:
     """Of a graph's inputs and outputs; ONNX has one name for one value, so what goes in again comes `_out`."""
     outputs = [f"{name}_out" if name in sweep.inputs else name for name in sweep.outputs]
     return [prefix + name for name in sweep.inputs], [prefix + name for name in outputs]
 
 
-def _export(parts: Sequence[Sweep], model: ImageModel) -> torch.onnx.ONNXProgram:
+def _export(parts: Sequence[StageModule], model: ImageModel) -> torch.onnx.ONNXProgram:
     """The graph of all parts, not yet optimised: initializers have the names of the module's tensors."""
     inputs, outputs, examples, axes = [], [], [], []
     for index, part in enumerate(parts):
@@ -95,10 +95,10 @@ def _export(parts: Sequence[Sweep], model: ImageModel) -> torch.onnx.ONNXProgram
         for example, free in _examples(part, index, model):
             examples.append(example)
             axes.append(free)
-    return program_of(SideBySide(parts), tuple(examples), (tuple(axes),), inputs, outputs, optimize=False)
+    return export_program(IndependentStages(parts), tuple(examples), (tuple(axes),), inputs, outputs, optimize=False)
 
 
-def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor, dict[int, Any]]]:
+def _examples(sweep: StageModule, index: int, model: ImageModel) -> list[tuple[Tensor, dict[int, Any]]]:
     """Every input of a sweep, and which of its axes are dynamic: `index` makes these its own."""
     config = model.network.config
     patch, heads, width = config.patch_size, config.num_heads, config.embed_dim
@@ -127,7 +127,7 @@ def _examples(sweep: Sweep, index: int, model: ImageModel) -> list[tuple[Tensor,
     return [example(name) for name in sweep.inputs]
 
 
-def _part(together: ir.Model, index: int, sweep: Sweep, tensors: dict[str, Tensor]) -> ir.Model:
+def _part(together: ir.Model, index: int, sweep: StageModule, tensors: dict[str, Tensor]) -> ir.Model:
     """The graph of one part, with the weights of a sweep of its kind."""
     inputs, outputs = _names(sweep, f"{index}/")
     graph = ir.convenience.extract(together.graph, inputs, outputs)

@@ -18,7 +18,7 @@ INLINE = 1024
 """Bytes. Tensors below that stay in their own graph."""
 
 
-class Beside:
+class SharedWeightsWriter:
     """Writes graphs beside the whole graph; what they have in common with it stays where that has it.
 
     Args:

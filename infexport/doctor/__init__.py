@@ -16,7 +16,7 @@ from infexport.doctor.here import cores, folders, int8, interpreter, itself, mem
 from infexport.doctor.nvidia import driver, energy, gpu
 from infexport.doctor.onnx_runtime import providers, runtime
 from infexport.doctor.reading import images, slides, strips
-from infexport.system.dependencies import MODULES, version_of
+from infexport.system.dependencies import MODULES, installed_version
 
 VARIABLES = {
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
@@ -55,7 +55,7 @@ def report(facts: Facts | None = None) -> dict[str, Any]:
     facts = facts or Facts()
     checks = [check.to_dict() for check in examine(facts)]
     document = {
-        "infexport": version_of("infexport"),
+        "infexport": installed_version("infexport"),
         "python": {
             "version": platform.python_version(),
             "implementation": platform.python_implementation(),
@@ -74,7 +74,7 @@ def packages(facts: Facts) -> list[dict[str, Any]]:
     """Every package that is asked for: the version here, whether it will do, and whether it can be imported."""
     found: dict[str, dict[str, Any]] = {}
     for one in facts.wanted:
-        version, module = version_of(one.name), MODULES.get(one.name)
+        version, module = installed_version(one.name), MODULES.get(one.name)
         error = facts.trials["import", module].error if version and module else ""
         known = found.setdefault(one.name, {"name": one.name, "version": version, "wanted": one.text, "extras": []})
         known |= {"accepted": version is not None and one.accepts(version), "error": error}

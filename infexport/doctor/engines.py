@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from infexport.doctor.check import Check, reinstall
 from infexport.doctor.facts import Facts, versions
-from infexport.system.dependencies import version_of
+from infexport.system.dependencies import installed_version
 
 LICENCE = "comes with NVIDIA's proprietary licence"
 
@@ -33,7 +33,7 @@ def _builder(facts: Facts, name: str, what: str) -> Check:
 
 
 def running(facts: Facts) -> list[Check]:
-    name, version = "run engines", version_of("polygraphy")
+    name, version = "run engines", installed_version("polygraphy")
     found = f"polygraphy {version or 'missing'}"
     if version is None:
         return [Check(name, "no", found, LICENCE, "pip install 'infexport[tensorrt]'")]

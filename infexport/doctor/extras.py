@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from infexport.doctor.check import Check
 from infexport.doctor.facts import Facts
-from infexport.system.dependencies import version_of
+from infexport.system.dependencies import installed_version
 
 
 def export(facts: Facts) -> list[Check]:
@@ -25,7 +25,7 @@ def _workers(facts: Facts) -> Check:
     check = facts.can("workers", "scale", "workers, URLs, Parquet")
     if not check.ok:
         return check
-    version = version_of("fsspec")
+    version = installed_version("fsspec")
     if version is None:
         return Check(check.name, "broken", f"{check.found}, fsspec missing", "", "pip install fsspec")
     return replace(check, found=f"{check.found}, fsspec {version}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from infexport.doctor.check import Check, reinstall
 from infexport.doctor.trials import Outcome, Trials
 from infexport.errors import InfexportError
-from infexport.system.dependencies import MODULES, Requirement, version_of, wanted
+from infexport.system.dependencies import MODULES, Requirement, installed_version, wanted
 from infexport.system.gpus import SMI_LIMIT
 
 PACKAGES = {"onnxruntime": "onnxruntime-gpu"}
@@ -66,7 +66,7 @@ def versions(packages: Iterable[Requirement]) -> str:
     for one in packages:
         version = installed(one)
         if version is not None or one.name not in LIBRARIES:
-            name = one.name if version_of(one.name) or version is None else PACKAGES[one.name]
+            name = one.name if installed_version(one.name) or version is None else PACKAGES[one.name]
             found.append(f"{name} {version or 'missing'}")
     return ", ".join(found)
 
@@ -74,4 +74,4 @@ def versions(packages: Iterable[Requirement]) -> str:
 def installed(one: Requirement) -> str | None:
     """The version of a package, or of one that serves as well."""
     other = PACKAGES.get(one.name)
-    return version_of(one.name) or (version_of(other) if other else None)
+    return installed_version(one.name) or (installed_version(other) if other else None)

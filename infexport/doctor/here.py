@@ -13,7 +13,7 @@ from pathlib import Path
 from infexport.doctor.check import Check, told
 from infexport.doctor.facts import Facts, versions
 from infexport.system import host
-from infexport.system.dependencies import parse, version_of
+from infexport.system.dependencies import installed_version, parse
 
 GIB = 2**30
 NEEDED = GIB
@@ -46,7 +46,7 @@ def interpreter() -> str:
 
 def itself(facts: Facts) -> list[Check]:
     name = "infexport"
-    found = f"{version_of('infexport') or 'of unknown version'}, {versions(facts.of(''))}"
+    found = f"{installed_version('infexport') or 'of unknown version'}, {versions(facts.of(''))}"
     return [facts.lacks(name, "") or Check(name, "yes", found)]
 
 

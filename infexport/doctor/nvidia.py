@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infexport.doctor.check import Check, State, reinstall
 from infexport.doctor.facts import Facts
-from infexport.system.dependencies import version_of
+from infexport.system.dependencies import installed_version
 
 CUDA, DRIVER = (13, 0), "580"
 """What the extra `gpu` is built for, and the first driver that can do it."""
@@ -43,7 +43,7 @@ def driver(facts: Facts) -> list[Check]:
 
 
 def energy(facts: Facts) -> list[Check]:
-    name, package = "energy", version_of("nvidia-ml-py")
+    name, package = "energy", installed_version("nvidia-ml-py")
     if package is None:
         return [Check(name, "no", "nvidia-ml-py missing", "counts joules per image", "pip install 'nvidia-ml-py>=12'")]
     if not facts.gpus().found:

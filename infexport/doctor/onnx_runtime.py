@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from infexport.doctor.check import Check, reinstall
 from infexport.doctor.facts import Facts, installed, versions
-from infexport.system.dependencies import version_of
+from infexport.system.dependencies import installed_version
 
 
 def runtime(facts: Facts) -> list[Check]:
     name = "cpu"
-    if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
+    if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         found = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
         extra = "gpu" if facts.gpus().found else "cpu"
         remedy = f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'infexport[{extra}]'"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from infexport.doctor.check import Check, reinstall
 from infexport.doctor.facts import Facts, versions
-from infexport.system.dependencies import version_of
+from infexport.system.dependencies import installed_version
 
 
 def images(facts: Facts) -> list[Check]:
     name, outcome = "Pillow", facts.trials["pillow", ""]
-    found = f"pillow {version_of('pillow') or 'missing'}"
+    found = f"pillow {installed_version('pillow') or 'missing'}"
     again = reinstall(name, found, outcome.error, "pillow")
     return [again if outcome.error else _formats(name, found, outcome.found, again.remedy)]
 

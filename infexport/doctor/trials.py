@@ -10,9 +10,9 @@ from typing import Any
 
 from infexport.doctor.check import told
 from infexport.errors import InfexportError
-from infexport.system.dependencies import MODULES, Requirement, version_of
+from infexport.system.dependencies import MODULES, Requirement, installed_version
 from infexport.system.gpus import gpus
-from infexport.system.workers import ask, command_of
+from infexport.system.workers import ask, worker_command
 
 Trial = tuple[str, str]
 
@@ -32,7 +32,7 @@ class Trials:
     """Trials of `doctor.worker` in processes of their own, and nvidia-smi, all at the same time."""
 
     def __init__(self, packages: Sequence[Requirement]) -> None:
-        modules = {MODULES.get(one.name): None for one in packages if version_of(one.name) is not None}
+        modules = {MODULES.get(one.name): None for one in packages if installed_version(one.name) is not None}
         imports: list[Trial] = [("import", module) for module in modules if module]
         heavy = [trial for trial in imports if trial[1] in ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")]
         providers: list[Trial] = [("provider", name) for name in ("cpu", "cuda", "tensorrt", "tensorrt-rtx")]
@@ -112,7 +112,7 @@ def _attempt(trials: Sequence[Trial], limit: float) -> tuple[dict[Trial, Outcome
 
     reason = ""
     try:
-        ask(command_of("infexport.doctor.worker"), {"trials": list(trials)}, heard, limit)
+        ask(worker_command("infexport.doctor.worker"), {"trials": list(trials)}, heard, limit)
     except (InfexportError, OSError, ValueError) as error:
         reason = told(error)
     return found, next((trial for trial in begun if trial not in found), None), reason

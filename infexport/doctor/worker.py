@@ -72,10 +72,10 @@ def _provider(name: str) -> str:
 
 def _builder(name: str) -> str:
     """Load a backend and make a builder and a network with it."""
-    from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, log_of
+    from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, library_log
 
     library = BACKENDS[name].load()
-    log = log_of(library)
+    log = library_log(library)
     try:
         network = library.Builder(log).create_network(0)
     except Exception as error:  # which says less than the library's log

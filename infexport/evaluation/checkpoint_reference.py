@@ -9,11 +9,11 @@ import torch
 from infexport.bundle import Bundle
 from infexport.evaluation.pytorch_reference import TorchRunner
 from infexport.evaluation.recorded_checkpoint import load_recorded
-from infexport.inference.runners import Deployed
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners import ImageRunner
+from infexport.inference.runners.factory import RunnerFactory
 
 
-class CheckpointOpening(Opening):
+class CheckpointRunnerFactory(RunnerFactory):
     """Opens a checkpoint's network in PyTorch's float32 in place of a bundle's graph.
 
     Args:
@@ -32,5 +32,5 @@ class CheckpointOpening(Opening):
         self.path = path
         self._network = TorchRunner(load_recorded(path, bundle), preprocessing.mean, preprocessing.std, torch.float32)
 
-    def runner(self, placed: bool = False) -> Deployed:
+    def runner(self, placed: bool = False) -> ImageRunner:
         return self._network

@@ -8,7 +8,7 @@ from infvit.config import InfViTConfig
 
 
 @dataclass(frozen=True)
-class Work:
+class MatmulCost:
     """Multiply-adds of the matrix products in the encoder, for one image.
 
     Left out is what an image costs once, whatever its size, and the patch embedding.
@@ -26,7 +26,7 @@ class Work:
         return self.dense / dense_rate + self.attention / attention_rate
 
 
-def work_of(config: InfViTConfig, folded: bool, tokens: int) -> Work:
+def matmul_cost(config: InfViTConfig, folded: bool, tokens: int) -> MatmulCost:
     """The work for an image of so many tokens.
 
     Args:
@@ -36,34 +36,36 @@ def work_of(config: InfViTConfig, folded: bool, tokens: int) -> Work:
     """
     first, last = _folded(config, tokens) if folded else _plain(config, tokens)
     layers = config.depth - 1
-    return Work(tokens * (layers * first.dense + last.dense), tokens * (layers * first.attention + last.attention))
+    return MatmulCost(
+        tokens * (layers * first.dense + last.dense), tokens * (layers * first.attention + last.attention)
+    )
 
 
-def embedding_of(config: InfViTConfig, tokens: int) -> int:
+def embedding_cost(config: InfViTConfig, tokens: int) -> int:
     """Multiply-adds of the patch embedding, for an image of so many tokens, the class token among them."""
     return (tokens - 1) * 3 * config.patch_size**2 * config.embed_dim
 
 
-def _plain(config: InfViTConfig, tokens: int) -> tuple[Work, Work]:
+def _plain(config: InfViTConfig, tokens: int) -> tuple[MatmulCost, MatmulCost]:
     """Of one token, in a layer before the last and in the last."""
     width = config.embed_dim
     # queries, keys, values, the output projection, perhaps a second one; the MLP
     dense = (5 if config.attention_dense else 4) * width**2 + 2 * width * config.mlp_dim
-    layer = Work(dense, _terms(config) * 2 * tokens * width)
+    layer = MatmulCost(dense, _terms(config) * 2 * tokens * width)
     return layer, layer
 
 
-def _folded(config: InfViTConfig, tokens: int) -> tuple[Work, Work]:
+def _folded(config: InfViTConfig, tokens: int) -> tuple[MatmulCost, MatmulCost]:
     """Of one token, in a layer before the last and in the last, whose MLP and output are the class token's alone."""
     width = config.embed_dim
     mlp = 2 * width * config.mlp_dim
     if config.variant == "linear_infsa":  # queries alone meet every token
-        return Work(width**2 + mlp, 0), Work(width**2, 0)
+        return MatmulCost(width**2 + mlp, 0), MatmulCost(width**2, 0)
     attention = _terms(config) * 2 * tokens * width
-    first = Work(4 * width**2 + mlp, attention)  # a second output projection is merged with the first
+    first = MatmulCost(4 * width**2 + mlp, attention)  # a second output projection is merged with the first
     if config.variant == "pure_infsa" and _terms(config) == 1:
-        return first, Work(2 * width**2, tokens * width)  # queries and keys, for the norm of A
-    return first, Work(3 * width**2, attention)
+        return first, MatmulCost(2 * width**2, tokens * width)  # queries and keys, for the norm of A
+    return first, MatmulCost(3 * width**2, attention)
 
 
 def _terms(config: InfViTConfig) -> int:

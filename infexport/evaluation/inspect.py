@@ -10,12 +10,12 @@ from typing import Any
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.evaluation.flops import embedding_of, work_of
+from infexport.evaluation.flops import embedding_cost, matmul_cost
 from infexport.inference import memory
 from infexport.inference.options import InferenceOptions
-from infexport.inference.planner import Image, Way, choose, estimates
+from infexport.inference.planner import ExecutionMode, Image, choose, estimates
 from infexport.inference.runners import Placement
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.runners.onnxruntime import OrtRunner, Port
 from infexport.inference.streaming import CHUNK
 from infexport.system.dependencies import require
@@ -38,7 +38,7 @@ class Part:
         return self.each * self.times
 
 
-def parts_of(config: InfViTConfig) -> list[Part]:
+def list_parts(config: InfViTConfig) -> list[Part]:
     """All parameters, from the pixels on; layers are equal.
 
     Args:
@@ -81,9 +81,9 @@ class Resolution:
     width: int
     tokens: int
     multiply_adds: int
-    memory: dict[Way, int]
+    memory: dict[ExecutionMode, int]
     scratch: int | None
-    auto: Way | None
+    auto: ExecutionMode | None
 
 
 def resolutions(bundle: Bundle, sizes: Sequence[tuple[int, int]] | None, limit: int) -> list[Resolution]:
@@ -105,9 +105,9 @@ def resolutions(bundle: Bundle, sizes: Sequence[tuple[int, int]] | None, limit: 
 def _resolution(bundle: Bundle, height: int, width: int, limit: int) -> Resolution:
     manifest, config = bundle.manifest, bundle.manifest.config
     tokens = height * width // config.patch_size**2 + 1
-    work = work_of(config, manifest.folded, tokens)
+    work = matmul_cost(config, manifest.folded, tokens)
     options, image = InferenceOptions(), Image(tokens, width)
-    auto: Way | None
+    auto: ExecutionMode | None
     try:
         auto = choose(bundle, options, image, limit)
     except InfexportError:
@@ -116,7 +116,7 @@ def _resolution(bundle: Bundle, height: int, width: int, limit: int) -> Resoluti
         height,
         width,
         tokens,
-        work.dense + work.attention + embedding_of(config, tokens),
+        work.dense + work.attention + embedding_cost(config, tokens),
         estimates(bundle, options, image),
         None if manifest.stages is None else memory.kept(manifest, tokens, CHUNK, half=False, on_disk=True),
         auto,
@@ -149,12 +149,12 @@ class Graph:
         return vars(self) | {name: found and [asdict(port) for port in found] for name, found in ports.items()}
 
 
-def graph_of(bundle: Bundle, provider: str | None = None, engine: str | None = None) -> Graph:
+def read_graph(bundle: Bundle, provider: str | None = None, engine: str | None = None) -> Graph:
     """Read the graph, and load it.
 
     Args:
         bundle: opened; one that was changed is loaded only where that is asked for.
-        provider, engine: as of `runners.opening.Opening`; with neither it is loaded on the CPU, if it can be.
+        provider, engine: as of `runners.opening.RunnerFactory`; with neither it is loaded on the CPU, if it can be.
 
     Raises:
         InfexportError: a provider or an engine was asked for, and it cannot be loaded there.
@@ -190,7 +190,7 @@ def _read(graph: Graph, bundle: Bundle) -> None:
 
 
 def _load(graph: Graph, bundle: Bundle, provider: str, engine: str | None) -> None:
-    with Opening(bundle, provider, engine).runner(placed=True) as runner:
+    with RunnerFactory(bundle, provider, engine).runner(placed=True) as runner:
         graph.runs_on, graph.placement = f"{runner.provider}, {runner.version}, {runner.precision}", runner.placement
         if isinstance(runner, OrtRunner):
             graph.inputs, graph.outputs = runner.ports

@@ -19,7 +19,7 @@ from infvit.checkpoint import Checkpoint, build_network
 
 
 class TorchRunner:
-    """Runs a checkpoint's network on the CPU, and says of itself what a `Deployed` does.
+    """Runs a checkpoint's network on the CPU, and says of itself what a `ImageRunner` does.
 
     Args:
         checkpoint: as `infvit.checkpoint.load_checkpoint` returns it.

@@ -175,7 +175,7 @@ def read_image(path: Path | str) -> Pixels:
             return _pixels(image, path, limit)
 
 
-def pixels_of(image: Image.Image, name: str) -> Pixels:
+def pixels_from(image: Image.Image, name: str) -> Pixels:
     """The pixels of an image that Pillow has opened or made, as `read_image` gives those of a file.
 
     Args:

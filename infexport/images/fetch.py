@@ -18,7 +18,7 @@ from infexport.images.decode import SUFFIXES, Pixels, expand_folders, find_image
 from infexport.system.dependencies import require
 from infexport.system.urls import scrubbed, segments, shown
 
-__all__ = ["Item", "at_hand", "find", "find_urls", "is_url", "named", "shown"]
+__all__ = ["Item", "local_copy", "find", "find_urls", "is_url", "named", "shown"]
 
 Item = Path | str | Pixels | Image.Image
 """An image: a file, its URL, uint8 RGB `[H, W, 3]`, or one that Pillow has opened or made."""
@@ -29,7 +29,7 @@ def is_url(item: object) -> TypeGuard[str]:
 
 
 @contextmanager
-def at_hand(item: Path | str) -> Iterator[Path]:
+def local_copy(item: Path | str) -> Iterator[Path]:
     """An image as a file on this machine; what was fetched is deleted afterwards.
 
     Errors that are raised while it is held name the item, as in `named`.

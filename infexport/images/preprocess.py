@@ -125,7 +125,7 @@ def fit(
     """
     image = resized(image, size, transform)
     height, width = image.shape[:2]
-    rows, columns = patches_of(height, width, patch_size, edge)
+    rows, columns = patch_grid(height, width, patch_size, edge)
     return _complete(image, rows * patch_size, columns * patch_size)
 
 
@@ -147,7 +147,7 @@ def resized(image: Pixels, size: Literal["trained", "native"] | int, transform: 
     return _resize_and_crop(image, transform)
 
 
-def patches_of(height: int, width: int, patch_size: int, edge: Edge) -> tuple[int, int]:
+def patch_grid(height: int, width: int, patch_size: int, edge: Edge) -> tuple[int, int]:
     """Patches along both sides of an image, the last ones completed (`pad`) or cut off (`crop`).
 
     Raises:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from infexport.errors import InfexportError, LastingError
 from infexport.images.decode import Pixels, grey_to_8_bits, over_white, read_image
-from infexport.images.preprocess import patches_of
+from infexport.images.preprocess import patch_grid
 from infexport.system.dependencies import importable
 from infexport.system.untrusted_files import check_ordinary
 
@@ -82,7 +82,7 @@ class Source:
 
     def __init__(self, rows: Rows, patch: int, edge: Literal["pad", "crop"]) -> None:
         self.rows, self._patch = rows, patch
-        self.grid = patches_of(rows.height, rows.width, patch, edge)
+        self.grid = patch_grid(rows.height, rows.width, patch, edge)
         height, width = (patch * side for side in self.grid)
         self.padded_share = 1 - min(height, rows.height) * min(width, rows.width) / (height * width)
 
@@ -161,7 +161,7 @@ class VipsRows:
         pyvips = _vips()
         self._path, self._error = path, pyvips.Error
         self.reader = "libvips " + ".".join(str(pyvips.version(part)) for part in range(3))
-        loader = _loader_of(path)
+        loader = _find_loader(path)
         # a tile that is not there is a warning of TIFF's reader; warnings of others are harmless
         fail_on = "warning" if loader.startswith("tiff") else "truncated"
 
@@ -223,7 +223,7 @@ _LOADERS = (
 """How a file begins, and what reads it: libvips has loaders, too, that run other programs or read other files."""
 
 
-def _loader_of(path: Path) -> str:
+def _find_loader(path: Path) -> str:
     with path.open("rb") as file:
         begin = file.read(16)
     for signature, loader in _LOADERS:
@@ -282,7 +282,7 @@ def to_rgb(pixels: Array) -> Pixels:
     return np.ascontiguousarray(np.repeat(pixels, 3, axis=2) if bands == 1 else pixels)
 
 
-def files_of(path: Path, rows: Rows) -> list[Path]:
+def list_files(path: Path, rows: Rows) -> list[Path]:
     """The files that the rows of an image file are read from, itself first."""
     return rows.files if isinstance(rows, SlideRows) else [path]
 

@@ -69,7 +69,7 @@ def _overlaps(side: int, step: int, parts: int) -> NDArray[np.float64]:
     return np.maximum(inside, 0) / np.diff(edges)[:, None]
 
 
-def step_of(grid: tuple[int, int], maps: int) -> int:
+def map_step(grid: tuple[int, int], maps: int) -> int:
     """The least step at which `maps` maps of a grid have at most MOST_NUMBERS cells."""
     step = 1
     while maps * math.prod(-(-side // step) for side in grid) > MOST_NUMBERS:
@@ -83,6 +83,6 @@ def summed(rows: Map, step: int) -> Map:
     return np.add.reduceat(rows.sum(0, dtype=np.float64), starts, axis=0).astype(np.float32)
 
 
-def of_tokens(tokens: Map, grid: tuple[int, int]) -> Centrality:
+def centrality_from_tokens(tokens: Map, grid: tuple[int, int]) -> Centrality:
     """Of the centrality of every token, `[layers, heads, 1 + h·w]`, the class token first."""
     return Centrality(tokens[..., 1:].reshape(*tokens.shape[:2], *grid), tokens[..., 0], grid, 1)

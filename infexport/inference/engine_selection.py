@@ -50,7 +50,7 @@ class EngineSet:
         return self.first.chunk
 
 
-def sets_of(bundle: Bundle, kind: Kind) -> list[EngineSet]:
+def find_engine_sets(bundle: Bundle, kind: Kind) -> list[EngineSet]:
     """All sets of a kind that are complete and as their sidecars say, built from this very bundle."""
     needed = [MODEL] if kind == "whole" else [stage.graph for stage in bundle.manifest.stages or ()]
     found: dict[str, dict[str, Engine]] = {}
@@ -64,10 +64,10 @@ def sets_of(bundle: Bundle, kind: Kind) -> list[EngineSet]:
         if needed and all(graph in engines for graph in needed)
     ]
     # those of two builds may not fit together; only hands can have put them side by side
-    return [each for each in sets if len({_build_of(engine.recorded) for engine in each.engines.values()}) == 1]
+    return [each for each in sets if len({_build_key(engine.recorded) for engine in each.engines.values()}) == 1]
 
 
-def _build_of(engine: EngineRecord) -> tuple[str, str, int | None]:
+def _build_key(engine: EngineRecord) -> tuple[str, str, int | None]:
     """Return what is the same for all engines of a build."""
     return engine.library, engine.compute_capability, engine.chunk
 
@@ -91,7 +91,7 @@ def choose(bundle: Bundle, kind: Kind, name: str | None = None, gpu: Gpu | None 
             "nvidia-smi names no GPU here",
             "run the bundle in ONNX Runtime instead: --provider cpu" + (", without --engine" if name else ""),
         )
-    sets = [each for each in sets_of(bundle, kind) if name in (None, each.name)]
+    sets = [each for each in find_engine_sets(bundle, kind) if name in (None, each.name)]
     fitting = [each for each in sets if not refusal(each, gpu)]
     if len(fitting) == 1:
         return fitting[0]

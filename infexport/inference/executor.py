@@ -18,16 +18,16 @@ from PIL import Image as PillowImage
 from infexport.bundle import Bundle
 from infexport.bundle.manifest import check_outside_bundles
 from infexport.errors import InfexportError
-from infexport.images.decode import Pixels, pixels_of, read_image
-from infexport.images.fetch import Item, at_hand, is_url, named, shown
+from infexport.images.decode import Pixels, pixels_from, read_image
+from infexport.images.fetch import Item, is_url, local_copy, named, shown
 from infexport.images.preprocess import Fitted, fit, resized
-from infexport.images.strips import ArrayRows, Rows, Source, files_of, open_rows
-from infexport.inference.centrality import CENTRALITY, of_tokens
+from infexport.images.strips import ArrayRows, Rows, Source, list_files, open_rows
+from infexport.inference.centrality import CENTRALITY, centrality_from_tokens
 from infexport.inference.options import InferenceOptions
-from infexport.inference.planner import Image, Way, choose, usual_memory
-from infexport.inference.prediction import Answered, Failure, Prediction, Row
-from infexport.inference.runners import Deployed, Stages, spread
-from infexport.inference.runners.factory import Opening
+from infexport.inference.planner import ExecutionMode, Image, choose, usual_memory
+from infexport.inference.prediction import Answered, Failure, ImageResult, Prediction
+from infexport.inference.runners import ImageRunner, Stages, spread
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.streaming import CHUNK, stream
 from infexport.inference.streaming.resume import Identity, Scratch
 from infexport.system.host import cache_folder, usable_cores
@@ -58,24 +58,26 @@ class Run:
         InfexportError: the scratch folder is inside a bundle.
     """
 
-    def __init__(self, bundle: Bundle, options: InferenceOptions, opening: Opening | None = None) -> None:
+    def __init__(self, bundle: Bundle, options: InferenceOptions, opening: RunnerFactory | None = None) -> None:
         if options.scratch is not None:
             check_outside_bundles(options.scratch, "scratch folder", is_folder=True)
         self.bundle, self.options = bundle, options
-        self.opening = opening or Opening(bundle, options.provider, options.engine, options.threads, options.centrality)
+        self.opening = opening or RunnerFactory(
+            bundle, options.provider, options.engine, options.threads, options.centrality
+        )
         self.streaming = threading.RLock()  # a listener may call, too
         """Held while an image is streamed: stages are loaded one after the other."""
         self._lock = threading.RLock()
         self._calls, self._closing = 0, False
         self._sessions = ExitStack()
-        self._runner: Deployed | None = None
+        self._runner: ImageRunner | None = None
         self._stages: Stages | None = None
         self._on_gpu: bool | None = None
         self._noted = False
 
     def __call__(
         self, images: Sequence[Item], listener: ProgressListener | None = None, keep_centrality: bool = True
-    ) -> list[Row]:
+    ) -> list[ImageResult]:
         """Return a row for every image, in their order: what is wrong with an image is a failure of that image.
 
         Args:
@@ -109,7 +111,7 @@ class Run:
         self._closing = False
         self._sessions.close()
 
-    def runner(self, listener: ProgressListener) -> Deployed:
+    def runner(self, listener: ProgressListener) -> ImageRunner:
         """The runner of the whole graph, which is loaded when the first image needs it."""
         with self._lock:
             first = self._runner is None
@@ -175,7 +177,7 @@ class _Call:
             _RecordingListener(listener),
         )
         self._keep_centrality = keep_centrality
-        self._images, self._rows = list(images), dict[int, Row]()
+        self._images, self._rows = list(images), dict[int, ImageResult]()
         self._transform = run.bundle.manifest.preprocessing.transform
         self._patch = run.bundle.manifest.config.patch_size
         self._on_gpu = run.on_gpu(self._listener)
@@ -184,7 +186,7 @@ class _Call:
         if "whole" in run.opening.engines and run.options.execution != "stream":
             run.runner(self._listener)  # one that cannot be loaded is no image's failure
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[ImageResult]:
         batches = _Batches(self._options.batch_size)
         for index in range(len(self._images)):
             whole = self._read_or_stream(index)
@@ -209,7 +211,7 @@ class _Call:
                 return None
             return opened
 
-    def _read(self, index: int, held: ExitStack) -> Fitted | tuple[Path | Pixels, Source, Way] | None:
+    def _read(self, index: int, held: ExitStack) -> Fitted | tuple[Path | Pixels, Source, ExecutionMode] | None:
         """An image that is to be run whole; one to be streamed, and how; or None where that failed.
 
         Args:
@@ -218,9 +220,9 @@ class _Call:
         """
         with self._failing([index], "while reading it"):
             item = _checked(self._images[index])
-            image = item if isinstance(item, np.ndarray) else held.enter_context(at_hand(item))
+            image = item if isinstance(item, np.ndarray) else held.enter_context(local_copy(item))
             with named(item, image):
-                source = source_of(image, self._bundle, self._options)
+                source = open_source(image, self._bundle, self._options)
                 way = self._way(source)
                 if way != "whole":
                     return image, source, way
@@ -228,7 +230,7 @@ class _Call:
                 return fit(pixels, self._patch, "native", self._transform, self._options.edge)
         return None
 
-    def _way(self, source: Source) -> Way:
+    def _way(self, source: Source) -> ExecutionMode:
         options, chunk, execution = self._options, self._chunk, self._options.execution
         # what is predicted is a CPU's memory, and the caches that make chunks faster are a CPU's
         if self._on_gpu and execution != "stream" and options.scratch is None:
@@ -261,14 +263,14 @@ class _Call:
                 grid = (image.pixels.shape[0] // self._patch, image.pixels.shape[1] // self._patch)
                 # copies: rows of a batch would keep all of it, in memory that ONNX Runtime could use again
                 logits, features = values["logits"][row].copy(), values["features"][row].copy()
-                centrality = of_tokens(values[CENTRALITY][row], grid) if self._options.centrality else None
-                name = name_of(self._images, index)
+                centrality = centrality_from_tokens(values[CENTRALITY][row], grid) if self._options.centrality else None
+                name = display_name(self._images, index)
                 prediction = Prediction(name, grid, image.padded_share, logits, features, centrality=centrality)
                 answers.append((index, prediction))
         for index, answer in answers:
             self._answer(index, answer)
 
-    def _stream(self, index: int, image: Path | Pixels, source: Source, way: Way) -> None:
+    def _stream(self, index: int, image: Path | Pixels, source: Source, way: ExecutionMode) -> None:
         stages = self._opened([index], self._run.stages)
         if stages is None:
             return
@@ -290,9 +292,11 @@ class _Call:
             return opens(self._listener)
         return None
 
-    def _streamed(self, index: int, image: Path | Pixels, source: Source, way: Way, stages: Stages) -> Prediction:
+    def _streamed(
+        self, index: int, image: Path | Pixels, source: Source, way: ExecutionMode, stages: Stages
+    ) -> Prediction:
         options, listener = self._options, self._listener
-        name, item = name_of(self._images, index), self._images[index]
+        name, item = display_name(self._images, index), self._images[index]
         scratch: Scratch | None = None
         with ExitStack() as stack:
             if way == "disk":
@@ -339,7 +343,7 @@ class _Call:
         }
         # a copy of what was fetched has another name each time
         place = key if isinstance(key, str) else str(key.absolute()) if isinstance(key, Path) else ""
-        return Identity(files_of(image, rows) if isinstance(image, Path) else image, facts, place)
+        return Identity(list_files(image, rows) if isinstance(image, Path) else image, facts, place)
 
     def _answer(self, index: int, answer: Prediction) -> None:
         if np.isfinite(answer.logits).all():
@@ -363,7 +367,7 @@ class _Call:
                 reason = _system_error(error, doing)
             else:
                 reason = _out_of_memory(doing)
-            self._rows |= {index: Failure(name_of(self._images, index), reason) for index in indices}
+            self._rows |= {index: Failure(display_name(self._images, index), reason) for index in indices}
 
     def _tell_unused(self) -> None:
         """Tell of options that had no effect, since images were run the other way."""
@@ -398,7 +402,7 @@ class _Batches:
         yield from self._waiting.values()
 
 
-def source_of(image: Path | Pixels, bundle: Bundle, options: InferenceOptions) -> Source:
+def open_source(image: Path | Pixels, bundle: Bundle, options: InferenceOptions) -> Source:
     """An image as it is asked for.
 
     Raises:
@@ -423,7 +427,7 @@ def _checked(item: object) -> Path | str | Pixels:
         InfexportError: it is none of them.
     """
     if isinstance(item, PillowImage.Image):
-        return pixels_of(item, "an image of Pillow")
+        return pixels_from(item, "an image of Pillow")
     if isinstance(item, np.ndarray):
         if item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3 and item.size:
             return item
@@ -443,7 +447,7 @@ def _checked(item: object) -> Path | str | Pixels:
     return path if is_url(path) else Path(path)
 
 
-def name_of(images: Sequence[Any], index: int) -> str:
+def display_name(images: Sequence[Any], index: int) -> str:
     """The name of an image, for people."""
     item = images[index]
     if isinstance(item, PillowImage.Image):

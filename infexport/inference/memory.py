@@ -10,8 +10,8 @@ import numpy as np
 
 from infexport.bundle.manifest import Manifest
 from infexport.inference.centrality import CENTRALITY, MOST_NUMBERS
-from infexport.inference.streaming.driver import layout_of, stages_of
-from infexport.inference.streaming.token_store import dtype_of
+from infexport.inference.streaming.driver import make_layout, select_stages
+from infexport.inference.streaming.token_store import store_dtype
 from infvit.stage_scope import StageScope
 
 PROCESS = 105_000_000
@@ -61,7 +61,7 @@ def streamed(
     """
     config = manifest.config
     assert manifest.stages is not None, "the caller checks that there are stages"
-    stages = stages_of(manifest.stages, centrality)
+    stages = select_stages(manifest.stages, centrality)
     chunk, embed = min(chunk, tokens), config.embed_dim
     # of the largest stage, `apply`: output projection, MLP, and what the next layer gathers
     projections = 3 if config.variant == "linear_infsa" else 4
@@ -83,10 +83,10 @@ def kept(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool,
     """Of the tokens of a streamed run, wherever they are kept; the arguments are those of `streamed`."""
     config = manifest.config
     assert manifest.stages is not None, "the caller checks that there are stages"
-    stages, total = stages_of(manifest.stages, centrality), 0
-    for name, spare in layout_of(stages, range(tokens), chunk, on_disk, centrality).spare.items():
+    stages, total = select_stages(manifest.stages, centrality), 0
+    for name, spare in make_layout(stages, range(tokens), chunk, on_disk, centrality).spare.items():
         columns = config.num_heads if name == CENTRALITY else config.embed_dim
-        total += (tokens + spare) * columns * np.dtype(dtype_of(name, manifest.precision, half)).itemsize
+        total += (tokens + spare) * columns * np.dtype(store_dtype(name, manifest.precision, half)).itemsize
     return total
 
 
@@ -95,7 +95,7 @@ def drawing(manifest: Manifest, detail: str) -> int:
 
     Args:
         manifest: of the bundle.
-        detail: as of `heatmaps.figure_of`.
+        detail: as of `heatmaps.draw_figure`.
     """
     depth, heads = manifest.config.depth, manifest.config.num_heads
     panels = {"mean": 2, "layers": depth, "heads": depth * heads}[detail]

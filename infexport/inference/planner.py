@@ -13,7 +13,7 @@ from infexport.inference.options import Execution, InferenceOptions
 from infexport.inference.streaming import CHUNK
 from infexport.system.host import available_memory
 
-Way = Literal["whole", "memory", "disk"]
+ExecutionMode = Literal["whole", "memory", "disk"]
 
 WHOLE_TOKENS = 4096
 """With more, chunks are the faster way, too: they stay in a CPU's cache."""
@@ -39,7 +39,7 @@ def usual_memory() -> int:
     return int(0.8 * available_memory())
 
 
-def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: int = CHUNK) -> dict[Way, int]:
+def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: int = CHUNK) -> dict[ExecutionMode, int]:
     """Peak resident bytes of every way that the bundle has.
 
     Args:
@@ -50,7 +50,9 @@ def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: in
     """
     manifest = bundle.manifest
     drawing = memory.drawing(manifest, options.drawing) + image.loaded if options.drawing else 0
-    found: dict[Way, int] = {"whole": memory.whole(manifest, bundle.weights, image.tokens, options.batch_size)}
+    found: dict[ExecutionMode, int] = {
+        "whole": memory.whole(manifest, bundle.weights, image.tokens, options.batch_size)
+    }
     if manifest.stages is not None:
         for way in ("memory", "disk"):
             found[way] = image.loaded + memory.streamed(
@@ -66,7 +68,7 @@ def choose(
     room: int,
     chunk: int = CHUNK,
     execution: Execution | None = None,
-) -> Way:
+) -> ExecutionMode:
     """Choose the way to run an image.
 
     Args:
@@ -81,7 +83,7 @@ def choose(
     execution = execution or options.execution
     if execution == "stream" and bundle.manifest.stages is None:
         raise no_stages()
-    ways: list[Way] = ["whole"]
+    ways: list[ExecutionMode] = ["whole"]
     if execution != "whole" and bundle.manifest.stages is not None:
         ways = ["memory", "disk"] if options.scratch is None else ["disk"]
         if execution == "auto" and options.scratch is None:

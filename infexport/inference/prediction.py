@@ -89,5 +89,5 @@ class Failure:
         return {"file": self.file, **self.error.to_dict()}
 
 
-Row = Prediction | Failure
+ImageResult = Prediction | Failure
 """What there is to say of an image."""

@@ -18,8 +18,8 @@ from infexport.errors import InfexportError
 from infexport.images.fetch import Item
 from infexport.inference.executor import Run
 from infexport.inference.options import Edge, Execution, InferenceOptions, Size, TokenDtype, parse_bytes, parse_size
-from infexport.inference.prediction import Failure, Prediction, Row
-from infexport.inference.runners.factory import Opening
+from infexport.inference.prediction import Failure, ImageResult, Prediction
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.system.progress import (
     ProgressListener,
 )
@@ -84,7 +84,7 @@ class Predictor:
         self._begin(Path(bundle).absolute())  # it may be called in another folder, or sent to a process that is there
 
     @classmethod
-    def of(cls, bundle: Bundle, options: InferenceOptions, opening: Opening | None = None) -> Self:
+    def of(cls, bundle: Bundle, options: InferenceOptions, opening: RunnerFactory | None = None) -> Self:
         """Make a predictor of a bundle that is open already; `opening` as of `executor.Run`."""
         self = cls.__new__(cls)
         self._options, self._digest = options, None
@@ -132,7 +132,7 @@ class Predictor:
 
     def predict(
         self, images: Sequence[Item], listener: ProgressListener | None = None, keep_centrality: bool = True
-    ) -> list[Row]:
+    ) -> list[ImageResult]:
         """Return a `Prediction`, or a `Failure` that says why there is none, for every image, in their order.
 
         Args:
@@ -175,19 +175,19 @@ class Predictor:
             InfexportError: the bundle cannot be run at all, or the batch has no images, or columns of these names.
         """
         images, others = _images(batch)
-        lost = sorted(others.keys() & columns_of([], None, 1, 1).keys() - {"file"})
+        lost = sorted(others.keys() & to_columns([], None, 1, 1).keys() - {"file"})
         if lost:
             raise InfexportError(
                 f"columns of the batch that the answer has, too: {', '.join(lost)}",
                 hint="rename them before, such as to true_label",
             )
         config = self.bundle.manifest.config
-        columns = columns_of(self.predict(images), self.bundle.labels, config.num_classes, config.embed_dim)
+        columns = to_columns(self.predict(images), self.bundle.labels, config.num_classes, config.embed_dim)
         return {**columns, **others}
 
 
-def columns_of(
-    rows: Sequence[Row], labels: Sequence[str] | None, classes: int, embed_dim: int
+def to_columns(
+    rows: Sequence[ImageResult], labels: Sequence[str] | None, classes: int, embed_dim: int
 ) -> dict[str, NDArray[Any]]:
     """Rows as columns; as of `Predictor.__call__`."""
     found = [row if isinstance(row, Prediction) else None for row in rows]
@@ -217,9 +217,9 @@ def columns_of(
     }
 
 
-def rows_of(columns: Mapping[str, Any]) -> list[Row]:
-    """What `columns_of` made columns of."""
-    rows: list[Row] = []
+def rows_from_columns(columns: Mapping[str, Any]) -> list[ImageResult]:
+    """What `to_columns` made columns of."""
+    rows: list[ImageResult] = []
     for i, file in enumerate(columns["file"]):
         if columns["error"][i]:
             told = (str(columns[name][i]) for name in ("error", "error_details", "error_hint"))

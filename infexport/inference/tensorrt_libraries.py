@@ -188,7 +188,7 @@ def _version(distribution: str) -> str | None:
 
 
 @cache
-def log_of(trt: ModuleType) -> Any:
+def library_log(trt: ModuleType) -> Any:
     """A library's logger, of which it keeps one in a process: `lines` are pairs of severity and message."""
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
 from infexport.images.decode import DRAWN_BY, Pixels, is_drawn
-from infexport.images.fetch import at_hand
+from infexport.images.fetch import local_copy
 from infexport.images.preprocess import EvalTransform, window
 from infexport.images.strips import open_rows
 from infexport.inference.centrality import Centrality
@@ -87,7 +87,7 @@ def region(
     return left, left + width, top + height, top
 
 
-def figure_of(
+def draw_figure(
     centrality: Centrality,
     pixels: Pixels,
     image: tuple[int, int],
@@ -172,7 +172,7 @@ class HeatmapWriter:
         files: the images, files or URLs.
         size: as of the run's options.
         folder: for the pictures.
-        detail: as of `figure_of`.
+        detail: as of `draw_figure`.
 
     Attributes:
         failed: why a picture was not drawn; the answer is none the worse for it.
@@ -189,7 +189,7 @@ class HeatmapWriter:
         require("matplotlib", extra="plot")
         check_folder(folder, "heat map", ELSEWHERE)
         self._bundle, self._images, self._size, self._detail = bundle, files, size, detail
-        names = names_of([file if isinstance(file, Path) else Path(name_of_url(file)) for file in files])
+        names = file_names([file if isinstance(file, Path) else Path(name_of_url(file)) for file in files])
         self._pictures = [folder / f"{name}.png" for name in names]
         check_apart(dict.fromkeys(self._pictures, "heat map"), files, ELSEWHERE)
         for picture in self._pictures:
@@ -213,16 +213,16 @@ class HeatmapWriter:
         image = self._images[index]
         name = Path(answer.file if isinstance(image, Path) else name_of_url(image)).stem
         title = f"{name}: {top['label']}, {top['probability']:.1%}"
-        with at_hand(image) as file:
+        with local_copy(image) as file:
             pixels, sides = overview(file)
         transform = self._bundle.manifest.preprocessing.transform
         extent = region(sides, answer.grid, self._bundle.manifest.config.patch_size, self._size, transform)
-        figure = figure_of(answer.centrality, pixels, sides, extent, title, self._detail)
+        figure = draw_figure(answer.centrality, pixels, sides, extent, title, self._detail)
         save(figure, self._pictures[index])
         figure.clear()  # its parts hold each other: Python would look for them only now and then
 
 
-def names_of(files: Sequence[Path]) -> list[str]:
+def file_names(files: Sequence[Path]) -> list[str]:
     """A name without suffix for the picture of every image: its own, with a number where several have it."""
     names: dict[str, None] = {}  # in order
     for file in files:

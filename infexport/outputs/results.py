@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
-from infexport.inference.prediction import Failure, Prediction, Row
+from infexport.inference.prediction import Failure, ImageResult, Prediction
 from infexport.outputs.files import check_writable, written
 from infexport.system.dependencies import require
 
@@ -51,7 +51,7 @@ class Results:
         shape: classes and E, for a file with no predictions in it.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[ImageResult]
     labels: Sequence[str] | None
     warnings: Sequence[str]
     top_k: int

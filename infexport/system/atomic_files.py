@@ -138,7 +138,7 @@ def put(new: Path, path: Path, allowed: Callable[[], object] = lambda: None) -> 
 
     What was replaced, a folder or a link to one, is where the new one was. On file systems that cannot exchange two
     folders, such as NFS, there is a moment at which `path` does not exist; what was there is then at
-    `backup_of(path)`, and `recover` puts it back.
+    `backup_path(path)`, and `recover` puts it back.
 
     Args:
         new: the folder, on the same disk.
@@ -162,7 +162,7 @@ def put(new: Path, path: Path, allowed: Callable[[], object] = lambda: None) -> 
 
 def _replace(new: Path, path: Path) -> None:
     recover(path)
-    backup = backup_of(path)
+    backup = backup_path(path)
     path.rename(backup)
     try:
         new.rename(path)
@@ -172,14 +172,14 @@ def _replace(new: Path, path: Path) -> None:
     _delete(backup)
 
 
-def backup_of(path: Path) -> Path:
+def backup_path(path: Path) -> Path:
     """Where `put` keeps what it replaces, on file systems that cannot exchange."""
     return path.with_name(f".{path.name}.infexport-replaced")
 
 
 def recover(path: Path) -> None:
     """Finish or undo what a `put` that was killed had begun, on file systems that cannot exchange."""
-    backup = backup_of(path)
+    backup = backup_path(path)
     if os.path.lexists(path):
         _delete(backup)
     elif backup.is_dir():

@@ -125,7 +125,7 @@ def wanted() -> list[Requirement]:
     return [one for one in found if one.extra != "dev" and one.name != "editables"]
 
 
-def version_of(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """Of what is installed; None where nothing is."""
     try:
         return importlib.metadata.version(package)

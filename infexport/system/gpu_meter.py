@@ -51,7 +51,7 @@ class Meter:
             return self
         self._nvml = nvml
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self._handle = self._read("energy and GPU memory", lambda: device_of(nvml, visible))
+        self._handle = self._read("energy and GPU memory", lambda: find_device(nvml, visible))
         if self._handle is not None:
             self.gpu = self._read("the GPU's name", lambda: str(nvml.nvmlDeviceGetName(self._handle)))
             self._before = self._used()
@@ -118,7 +118,7 @@ class Meter:
             return None
 
 
-def device_of(nvml: ModuleType, visible: str | None) -> Any:
+def find_device(nvml: ModuleType, visible: str | None) -> Any:
     """NVML's handle of the GPU that CUDA takes.
 
     Args:

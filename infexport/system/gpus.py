@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 
 from infexport.errors import InfexportError
-from infexport.system.workers import output_of
+from infexport.system.workers import run_program
 
 SMI_LIMIT = 20.0
 """Seconds; a driver that nothing keeps awake takes several for each of its GPUs."""
@@ -77,7 +77,7 @@ def gpus(*options: str) -> list[Gpu]:
         return []
     query = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
     try:
-        code, output, messages = output_of([*query, *options], SMI_LIMIT)
+        code, output, messages = run_program([*query, *options], SMI_LIMIT)
     except OSError as error:
         raise InfexportError(f"nvidia-smi: {error.strerror or error}") from error
     rows = [[part.strip() for part in line.split(",")] for line in output.splitlines() if line.strip()]
@@ -101,7 +101,7 @@ def local_gpu() -> Gpu | None:
         return None
 
 
-def target_of(name: str) -> Target:
+def find_target(name: str) -> Target:
     """A target by name: one of TARGETS, `sm_80` and the like, or `local`, this machine's GPU.
 
     Raises:

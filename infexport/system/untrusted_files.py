@@ -60,7 +60,7 @@ def listed(folder: Path) -> list[Path]:
         raise InfexportError(f"cannot look into {folder}", reason, hint) from error
 
 
-def json_of(content: bytes | str) -> Any:
+def parse_json(content: bytes | str) -> Any:
     """A JSON value.
 
     Raises:

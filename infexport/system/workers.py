@@ -24,7 +24,7 @@ class Ended(InfexportError):
     """A process ended that should not have."""
 
 
-def command_of(module: str) -> list[str]:
+def worker_command(module: str) -> list[str]:
     """The command that runs a module whose `main` calls `serve`."""
     # -P: a json.py in the folder this is run from must not be imported
     return [sys.executable, "-P", "-m", module]
@@ -39,7 +39,7 @@ def ask(
     """All that a worker says, its messages as one.
 
     Args:
-        command: as of `command_of`.
+        command: as of `worker_command`.
         request: for its stdin.
         heard: told of every message when it comes.
         limit: seconds after which it is ended, with all that it has started.
@@ -93,7 +93,7 @@ def ask(
     return answer
 
 
-def output_of(command: Sequence[str], limit: float) -> tuple[int, str, str]:
+def run_program(command: Sequence[str], limit: float) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a program.
 
     Raises:

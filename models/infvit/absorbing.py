@@ -54,7 +54,7 @@ class Chain:
     weights: Tensor
 
 
-def chain_of(q: Tensor, k: Tensor, rho: float, perron: Tensor) -> Chain:
+def make_chain(q: Tensor, k: Tensor, rho: float, perron: Tensor) -> Chain:
     """The first of literal, perron and katz that holds.
 
     Args:

@@ -43,15 +43,17 @@ from infvit.rewrite import is_plain
 from infvit.stage_scope import StageScope
 
 
-class Sweep(nn.Module):
+class StageModule(nn.Module):
     """One of the modules; `forward` takes `inputs` and returns a tuple of `outputs`.
 
     Attributes:
+        name: of its file.
         over: the tokens that it is called for.
         inputs, outputs: names, in order.
         optional: only for the centrality of tokens.
     """
 
+    name = ""
     over = StageScope.TOKENS
     optional = False
     inputs: tuple[str, ...] = ()
@@ -106,7 +108,7 @@ def _scaled(mixed: Tensor, squared_norm: Tensor, rho: Tensor, heads: int) -> Ten
     return (mixed.unflatten(-1, (heads, -1)) * scale[:, None, :, None]).flatten(2)
 
 
-class Embed(Sweep):
+class Embed(StageModule):
     """A strip of the image, whole patches, to tokens and what the first layer gathers.
 
     Args:
@@ -115,6 +117,7 @@ class Embed(Sweep):
         normalise: a strip as it lies in the image to what the network's patch embedding takes.
     """
 
+    name = "embed"
     over = StageScope.IMAGE
     inputs = ("image", "row", "column", "grid_height", "grid_width")
 
@@ -139,9 +142,10 @@ class Embed(Sweep):
         return tokens, *self.gather(tokens)
 
 
-class Start(Sweep):
+class Start(StageModule):
     """The class token, `[1, 1, E]`, and what the first layer gathers of it."""
 
+    name = "start"
     over = StageScope.ONCE
     inputs = ()
 
@@ -155,9 +159,10 @@ class Start(Sweep):
         return tokens, *self.gather(tokens)
 
 
-class Score(Sweep):
+class Score(StageModule):
     """Scores of Linear-InfSA, and their sums, of the sums of energies."""
 
+    name = "score"
     inputs = ("tokens", "mass", "moment")
     outputs = ("mass", "moment", "centrality")
 
@@ -171,9 +176,10 @@ class Score(Sweep):
         return *self.attention.gather(scores, normed), scores.transpose(1, 2)
 
 
-class Attend(Sweep):
+class Attend(StageModule):
     """A block of queries and keys of Pure InfSA: its share of A V and of ‖A‖²_F."""
 
+    name = "attend"
     over = StageScope.PAIRS
     inputs: tuple[str, ...] = ("q", "k", "v")
     outputs: tuple[str, ...] = _MIXED
@@ -190,9 +196,10 @@ class Attend(Sweep):
         return product.transpose(1, 2).flatten(2), squared_norm
 
 
-class Again(Attend):
+class NeumannTerm(Attend):
     """`Attend` for one more term of the Neumann series: the values are V and, scaled, what the term before gave."""
 
+    name = "again"
     inputs = ("q", "k", "v", *_MIXED)
     outputs = ("mixed",)
 
@@ -207,9 +214,10 @@ class Again(Attend):
         return super().forward(q, k, v.to(mixed.dtype) + _scaled(mixed, squared_norm, rho, self.num_heads))[:1]
 
 
-class Norm(Attend):
+class AffinityNorm(Attend):
     """A block of queries and keys where the norm of A is all that is needed."""
 
+    name = "norm"
     inputs = ("q", "k")
     outputs = ("squared_norm",)
 
@@ -217,13 +225,14 @@ class Norm(Attend):
         return (infsa_ops.affinity_squared_norm(self._heads(q), self._heads(k)),)
 
 
-class Columns(Attend):
+class ColumnSums(Attend):
     """A block of keys and queries: its share of the column sums of Σ_{t=1..T} (ρÂ)ᵗ, Katz centrality.
 
     The same series with queries and keys exchanged, applied to ones; by Horner's scheme, each time adding one to what
     the time before gave.
     """
 
+    name = "columns"
     inputs: tuple[str, ...] = ("k", "q", "squared_norm")
     outputs = ("centrality",)
     optional = True
@@ -243,15 +252,17 @@ class Columns(Attend):
         return ((sums[..., 0] * scale[..., None]).transpose(1, 2),)
 
 
-class ColumnsAgain(Columns):
-    """`Columns` for one more term."""
+class NextColumnSums(ColumnSums):
+    """`ColumnSums` for one more term."""
 
+    name = "columnsagain"
     inputs = ("k", "q", "squared_norm", "centrality")
 
 
-class Row(Sweep):
+class ClassTokenRow(StageModule):
     """The class token's row of A, and the sums of the tokens it weighs."""
 
+    name = "row"
     inputs = ("tokens", "k", "query")
     outputs = ("mass", "moment")
 
@@ -265,8 +276,10 @@ class Row(Sweep):
         return self.attention.row(query, keys, self.norm(tokens))
 
 
-class Apply(Sweep):
+class Apply(StageModule):
     """A layer's output, and what the following layer gathers of it."""
+
+    name = "apply"
 
     def __init__(self, layer: Layer, following: Layer) -> None:
         super().__init__()
@@ -279,9 +292,10 @@ class Apply(Sweep):
         return tokens, *self.gather(tokens)
 
 
-class Head(Sweep):
+class Head(StageModule):
     """The class token through the last layer and the head."""
 
+    name = "head"
     over = StageScope.CLASS_TOKEN
     outputs = ("logits", "features")
 
@@ -318,7 +332,7 @@ def _check_plain(network: InfViT, layers: Sequence[Layer]) -> None:
         raise ValueError(f"{wrong[0]} is not the plain module of InfViT: chunks of tokens may not be given to it")
 
 
-def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
+def make_stages(network: InfViT, normalise: nn.Module) -> list[StageModule]:
     """The sweeps of a network, in order.
 
     Args:
@@ -337,16 +351,16 @@ def sweeps(network: InfViT, normalise: nn.Module) -> list[Sweep]:
         raise ValueError("expected a folded network, linear or pure")
     cut_layers = [cast(Layer, layer) for layer in (*layers, last.layer)]
     _check_plain(network, cut_layers)
-    cut: list[Sweep] = [Start(network, cut_layers[0]), Embed(network, cut_layers[0], normalise)]
+    cut: list[StageModule] = [Start(network, cut_layers[0]), Embed(network, cut_layers[0], normalise)]
     for layer, following in zip(cut_layers, [*cut_layers[1:], None], strict=True):
         attention = layer.attn
         if isinstance(attention, FoldedLinearAttention):
             cut.append(Score(layer))
         elif isinstance(attention, ClassTokenPureAttention):
-            cut += [Norm(attention.attention), Columns(attention.attention), Row(layer)]
+            cut += [AffinityNorm(attention.attention), ColumnSums(attention.attention), ClassTokenRow(layer)]
         else:
             again = attention.neumann_terms - 1
-            cut += [Attend(attention), *[Again(attention)] * again]
-            cut += [Columns(attention), *[ColumnsAgain(attention)] * again]
+            cut += [Attend(attention), *[NeumannTerm(attention)] * again]
+            cut += [ColumnSums(attention), *[NextColumnSums(attention)] * again]
         cut.append(Head(network, layer) if following is None else Apply(layer, following))
     return cut

@@ -23,8 +23,8 @@ import make_bigtiff
 import numpy as np
 
 from infexport.bundle import Bundle, open_bundle
-from infexport.evaluation.benchmark.result import limit_of
-from infexport.evaluation.flops import work_of
+from infexport.evaluation.benchmark.result import speed_limit
+from infexport.evaluation.flops import matmul_cost
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import Image, estimates
 from infexport.system.host import cpu_model, usable_cores
@@ -138,8 +138,8 @@ def run(case: Case, bundle: Bundle, image: Path, scratch: Path, memory: int) -> 
     inference = InferenceOptions(tokens=case.tokens)
     predicted = estimates(bundle, inference, Image(tokens, case.side))
     way = "whole" if case.way == "plain" else case.way
-    work = work_of(bundle.manifest.config, bundle.manifest.folded, tokens)
-    limit = limit_of(work, 1, case.precision, {kind: before[kind] + after[kind] for kind in before})
+    work = matmul_cost(bundle.manifest.config, bundle.manifest.folded, tokens)
+    limit = speed_limit(work, 1, case.precision, {kind: before[kind] + after[kind] for kind in before})
     answer = json.loads(text)["images"][0]
     return asdict(case) | {
         "rows": tokens,

@@ -15,7 +15,7 @@ import numpy as np
 from train_canvases import DIGIT, PATCH, SIZES, ZOO, held_out
 
 from infexport.bundle import open_bundle
-from infexport.inference.centrality import of_tokens
+from infexport.inference.centrality import centrality_from_tokens
 from infexport.inference.runners.onnxruntime import OrtRunner
 
 SIDE = DIGIT // PATCH
@@ -28,7 +28,7 @@ def shares_of(runner: OrtRunner, size: int) -> tuple[np.ndarray, float]:
     grid, found, inside = (size // PATCH, size // PATCH), [], 0
     for part, where in zip(np.array_split(images, 15), np.array_split(places, 15), strict=True):
         for tokens, (top, left) in zip(runner.run(part)["centrality"], where, strict=True):
-            shares = of_tokens(tokens, grid).shares.mean(1)
+            shares = centrality_from_tokens(tokens, grid).shares.mean(1)
             found.append(shares[:, top : top + SIDE, left : left + SIDE].sum((-2, -1)))
             row, column = np.unravel_index(shares.mean(0).argmax(), grid)
             inside += top <= row < top + SIDE and left <= column < left + SIDE

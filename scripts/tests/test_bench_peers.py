@@ -10,7 +10,7 @@ from PIL import Image
 from support import TINY, relative_error
 
 import infsa_ops
-from infexport.evaluation.flops import work_of
+from infexport.evaluation.flops import matmul_cost
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_the_report(peers, tmp_path):
     assert eager["times_ours"] == {"linear-fp32": 3, "linear-int8": 12}
     # 48 E² at torch's own rate, 28 E² at ONNX Runtime's
     product = 4096 * 1024 * 4096
-    work = work_of(peers.networks.CONFIGS["linear"].to_dict(), False, 4097).dense
+    work = matmul_cost(peers.networks.CONFIGS["linear"].to_dict(), False, 4097).dense
     assert eager["share_of_limit"] == pytest.approx(work * 0.4 / product / 6)
     assert ours["share_of_limit"] == pytest.approx(work * 28 / 48 * 0.2 / product / 2)
     assert int8["limit"] == pytest.approx(ours["limit"] / 4)

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from infexport.evaluation.benchmark import benchmark, gemm
-from infexport.evaluation.benchmark.result import Spread, limit_of
-from infexport.evaluation.flops import Work
+from infexport.evaluation.benchmark.result import Spread, speed_limit
+from infexport.evaluation.flops import MatmulCost
 from infexport.system import host, workers
 
 
@@ -218,11 +218,13 @@ def test_the_limit_of_int8():
     """Dense products at the rate of int8, attention at that of float32; medians of both."""
     seconds = {"float32": [3.0, 2.0, 9.0], "int8": [0.5, 0.5]}
     product = gemm.multiply_adds("float32")
-    work = Work(dense=product, attention=2 * product)
-    assert limit_of(work, 10, "int8", seconds) == pytest.approx(10 * (0.5 + 2 * 3))
-    assert limit_of(work, 10, "fp32", seconds) == pytest.approx(10 * (3 + 2 * 3))
-    assert limit_of(work, 10, "fp16", seconds) == limit_of(work, 10, "fp32", seconds)  # a CPU computes it in float32
-    assert limit_of(work, 10, "int8", seconds, "cuda") is None
+    work = MatmulCost(dense=product, attention=2 * product)
+    assert speed_limit(work, 10, "int8", seconds) == pytest.approx(10 * (0.5 + 2 * 3))
+    assert speed_limit(work, 10, "fp32", seconds) == pytest.approx(10 * (3 + 2 * 3))
+    assert speed_limit(work, 10, "fp16", seconds) == speed_limit(
+        work, 10, "fp32", seconds
+    )  # a CPU computes it in float32
+    assert speed_limit(work, 10, "int8", seconds, "cuda") is None
 
 
 @pytest.mark.parametrize(("precision", "provider"), [("fp16", "cuda"), ("bf16", "tensorrt")])
@@ -230,17 +232,17 @@ def test_the_limit_of_16_bits_on_a_gpu(precision, provider):
     """Dense products and attention at the rate of float16, which is measured by a product of its own size."""
     product = gemm.multiply_adds("float16")
     assert product == 8192 * 4096 * 8192
-    work = Work(dense=product, attention=2 * product)
-    assert limit_of(work, 10, precision, {"float16": [0.5, 2.0, 1.0]}, provider) == pytest.approx(10 * 3)
-    assert limit_of(work, 10, precision, {"float32": [1.0]}, provider) is None
-    assert limit_of(work, 10, "fp32", {"float32": [1.0]}, provider) == pytest.approx(10 * 3 * 16)
+    work = MatmulCost(dense=product, attention=2 * product)
+    assert speed_limit(work, 10, precision, {"float16": [0.5, 2.0, 1.0]}, provider) == pytest.approx(10 * 3)
+    assert speed_limit(work, 10, precision, {"float32": [1.0]}, provider) is None
+    assert speed_limit(work, 10, "fp32", {"float32": [1.0]}, provider) == pytest.approx(10 * 3 * 16)
     assert gemm.giga_operations(2.0, "float16") == product / 1e9
 
 
 @pytest.mark.parametrize("provider", ["engine a100-fp16", "tensorrt-rtx"])
 def test_what_onnx_runtime_does_not_multiply_has_no_limit(provider):
     assert gemm.limiting("fp16", provider) is None
-    assert limit_of(Work(1, 1), 1, "fp16", {}, provider) is None
+    assert speed_limit(MatmulCost(1, 1), 1, "fp16", {}, provider) is None
     assert provider in gemm.absence("fp16", provider)
     assert gemm.limiting("int8", "cuda") is None
     assert "int8" in gemm.absence("int8", "cuda")

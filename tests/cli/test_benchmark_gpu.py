@@ -68,7 +68,7 @@ class FakeGemm:
 
 @pytest.fixture
 def machine(monkeypatch):
-    """The machine; `machine.runs_on(provider, precision)` says what `Opening` opens."""
+    """The machine; `machine.runs_on(provider, precision)` says what `RunnerFactory` opens."""
     machine = Machine()
     install(monkeypatch, machine)
     monkeypatch.setattr(worker, "time", machine)

@@ -163,10 +163,10 @@ def test_timings_are_kept_and_used_again(infexport, bundle, cache):
 
 def test_phases_are_told(bundle, cache, golden_images):
     from infexport.conversion.tensorrt.build import Plan, ProgressListener, build_engines
-    from infexport.conversion.tensorrt.profiles import profile_of
+    from infexport.conversion.tensorrt.profiles import make_profile
     from infexport.images.decode import find_images
     from infexport.inference.tensorrt_libraries import BACKENDS
-    from infexport.system.gpus import target_of
+    from infexport.system.gpus import find_target
 
     opened = open_bundle(bundle("reference_linear"))
     phases, statuses = [], []
@@ -179,8 +179,8 @@ def test_phases_are_told(bundle, cache, golden_images):
                 phases.append((event.name, event.done, event.total))
 
     images = tuple(find_images([golden_images("reference_linear")[0]]))
-    profile = profile_of(opened.manifest, None, None)
-    plan = Plan(target_of("a100"), BACKENDS["tensorrt-rtx"], "int8", "whole", profile, None, calibrate=images)
+    profile = make_profile(opened.manifest, None, None)
+    plan = Plan(find_target("a100"), BACKENDS["tensorrt-rtx"], "int8", "whole", profile, None, calibrate=images)
     build_engines(opened, plan, Told())
     assert [p for p in phases if p[0] == "calibrating"] == [
         ("calibrating", i + 1, len(images)) for i in range(len(images))
@@ -279,21 +279,21 @@ def test_images_that_fix_no_ranges(infexport, bundle, golden_images):
 
 def test_9216_squared_fits_once_and_not_twice(tmp_path):
     """2 × 331,777 tokens × 4096 are more elements than TensorRT counts; what fits is told, and does fit."""
-    from infexport.conversion.tensorrt.profiles import INT32_MAX, check_whole, profile_of
+    from infexport.conversion.tensorrt.profiles import INT32_MAX, check_whole, make_profile
     from infexport.errors import InfexportError
-    from infexport.system.gpus import target_of
+    from infexport.system.gpus import find_target
 
     manifest = paper_manifest()
-    target = target_of("a100")
+    target = find_target("a100")
     side = [(9216, 9216)]
-    check_whole(manifest, profile_of(manifest, side, [1]), target, weights=0)
+    check_whole(manifest, make_profile(manifest, side, [1]), target, weights=0)
     with pytest.raises(InfexportError, match="more elements than TensorRT counts") as refused:
-        check_whole(manifest, profile_of(manifest, side, [2]), target, weights=0)
+        check_whole(manifest, make_profile(manifest, side, [2]), target, weights=0)
     assert "the MLP's hidden layer, [2, 331777, 4096]" in refused.value.details
     best = int(refused.value.details.rpartition("x")[2])
     assert "--execution stream" in refused.value.hint
     assert 2 * ((best // 16) ** 2 + 1) * 4096 <= INT32_MAX < 2 * ((best // 16 + 1) ** 2 + 1) * 4096
-    check_whole(manifest, profile_of(manifest, [(best, best)], [2]), target, weights=0)
+    check_whole(manifest, make_profile(manifest, [(best, best)], [2]), target, weights=0)
 
 
 def paper_manifest():
@@ -304,12 +304,12 @@ def paper_manifest():
 
 
 def test_a_gpu_s_memory_is_a_limit():
-    from infexport.conversion.tensorrt.profiles import check_whole, peak, profile_of
+    from infexport.conversion.tensorrt.profiles import check_whole, make_profile, peak
     from infexport.errors import InfexportError
-    from infexport.system.gpus import target_of
+    from infexport.system.gpus import find_target
 
-    manifest, target = paper_manifest(), target_of("t4")
-    profile = profile_of(manifest, [(224, 224), (1024, 1024), (4096, 4096)], [6])
+    manifest, target = paper_manifest(), find_target("t4")
+    profile = make_profile(manifest, [(224, 224), (1024, 1024), (4096, 4096)], [6])
     with pytest.raises(InfexportError, match="of the GPU's 16GiB") as refused:
         check_whole(manifest, profile, target, weights=200 << 20)
     best = int(refused.value.details.rpartition("x")[2])
@@ -332,7 +332,7 @@ def test_blocks_of_pairs_are_larger_than_a_chunk():
 
     from infexport.conversion.tensorrt.profiles import check_stages, peak
     from infexport.errors import InfexportError
-    from infexport.system.gpus import target_of
+    from infexport.system.gpus import find_target
 
     stages = [
         SimpleNamespace(graph="attend", over=StageScope.PAIRS),
@@ -340,9 +340,9 @@ def test_blocks_of_pairs_are_larger_than_a_chunk():
     ]
     manifest = SimpleNamespace(config=SIZES["infvit_pure_4l"], input="uint8", stages=stages)
     needed = peak(manifest, 0, 1, StageScope.PAIRS.max_rows(8192)) + peak(manifest, 0, 1, 8192)
-    check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed)
+    check_stages(manifest, 8192, find_target("a100"), weights=0, memory=needed)
     with pytest.raises(InfexportError, match="--chunk 8192 is too large"):
-        check_stages(manifest, 8192, target_of("a100"), weights=0, memory=needed - 1)
+        check_stages(manifest, 8192, find_target("a100"), weights=0, memory=needed - 1)
 
 
 def test_a_bundle_without_stages(infexport, golden_bundle):

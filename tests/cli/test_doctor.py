@@ -21,7 +21,7 @@ from infexport.doctor.trials import Outcome, Started, outcomes
 from infexport.errors import InfexportError
 from infexport.system import dependencies, host, workers
 from infexport.system import gpus as targets
-from infexport.system.dependencies import MODULES, parse, version_of, wanted
+from infexport.system.dependencies import MODULES, installed_version, parse, wanted
 from infexport.system.gpus import Gpu
 
 H100 = Gpu("NVIDIA H100", 81559 * 2**20, "580.65.06", "9.0")
@@ -59,7 +59,7 @@ def has(monkeypatch):
 
     def set_versions(**versions):
         known = {name.replace("_", "-"): version for name, version in versions.items()}
-        known = {name: known.get(name, version_of(name)) for name in {*known, *MODULES, "infexport", "fsspec"}}
+        known = {name: known.get(name, installed_version(name)) for name in {*known, *MODULES, "infexport", "fsspec"}}
 
         def version(name):
             if known[name] is None:
@@ -349,8 +349,8 @@ def test_the_model_that_providers_run():
 
 def test_a_program_that_is_late():
     with pytest.raises(TimeoutError):
-        workers.output_of(["sleep", "60"], 0.1)
-    assert workers.output_of(["sh", "-c", "echo out; echo err >&2; exit 3"], 10) == (3, "out\n", "err\n")
+        workers.run_program(["sleep", "60"], 0.1)
+    assert workers.run_program(["sh", "-c", "echo out; echo err >&2; exit 3"], 10) == (3, "out\n", "err\n")
     with pytest.raises(InfexportError, match=r"no answer within 0\.5 s"):
         workers.ask(["sh", "-c", "sleep 60 & sleep 60"], {}, limit=0.5)
     with pytest.raises(InfexportError, match=r"no answer within 0\.5 s"):

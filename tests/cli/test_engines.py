@@ -218,11 +218,11 @@ def test_onnx_runtime_does_what_no_engine_can(infexport, folder, gpu, pictures):
 
 def test_a_set_of_two_builds_is_none(infexport, streaming, gpu):
     """Killed while engines were put in their places."""
-    from infexport.inference.engine_selection import sets_of
+    from infexport.inference.engine_selection import find_engine_sets
 
-    assert len(sets_of(open_bundle(streaming), "stream")) == 1
+    assert len(find_engine_sets(open_bundle(streaming), "stream")) == 1
     other(chunk=16)(streaming / "engines" / "a100-fp32.stream-03-apply.engine")
-    assert sets_of(open_bundle(streaming), "stream") == []
+    assert find_engine_sets(open_bundle(streaming), "stream") == []
 
 
 def test_an_engine_that_cannot_be_activated_is_an_error(infexport, folder, gpu, pictures, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_brightest_place_is_the_digit_s(name, execution, infexport, zoo_bund
     picture = Image.open(tmp_path / "maps" / f"{file.rpartition('/')[2]}")
     # the same figure again tells where its panels are
     pixels, image = heatmaps.overview(HELD_OUT / file)
-    figure = heatmaps.figure_of(Centrality(cells, of_class, (16, 16), 1), pixels, image, (0, 128, 128, 0), "title")
+    figure = heatmaps.draw_figure(Centrality(cells, of_class, (16, 16), 1), pixels, image, (0, 128, 128, 0), "title")
     y, x = hottest(picture, panel(figure, figure.axes[1]), image)
     assert 8 * row - 1 <= y <= 8 * row + 9
     assert 8 * column - 1 <= x <= 8 * column + 9
@@ -90,7 +90,7 @@ def test_cells_are_drawn_where_their_patches_are(infexport, zoo_bundle, tmp_path
     digit = DIGITS[file]
     assert int(digit["left"]) - 24 < 24 * column < int(digit["left"]) + 24
     pixels, image = heatmaps.overview(HELD_OUT / file)
-    figure = heatmaps.figure_of(found, pixels, image, (0, 128, 128, 0), "title")
+    figure = heatmaps.draw_figure(found, pixels, image, (0, 128, 128, 0), "title")
     picture = Image.open(tmp_path / "maps" / file.rpartition("/")[2])
     y, x = hottest(picture, panel(figure, figure.axes[1]), image)
     assert 24 * row - 1 <= y <= min(24 * row + 25, 128)
@@ -107,7 +107,7 @@ def test_a_hot_cell_is_seen_in_the_picture(grid, step, hot):
     cells[(0, 0, *(at // step for at in hot))] = 1
     image = 8 * grid[0], 8 * grid[1]
     found = Centrality(cells, np.zeros((1, 1), np.float32), grid, step)
-    figure = heatmaps.figure_of(found, np.full((8, 8, 3), 100, np.uint8), image, (0, image[1], image[0], 0), "title")
+    figure = heatmaps.draw_figure(found, np.full((8, 8, 3), 100, np.uint8), image, (0, image[1], image[0], 0), "title")
     box, content = panel(figure, figure.axes[1]), io.BytesIO()
     figure.savefig(content)
     drawn = zip(hottest(Image.open(content), box, image), hot, grid, strict=True)
@@ -123,7 +123,7 @@ def test_a_map_of_any_aspect_can_be_seen(image):
     cells.reshape(-1)[15_000] = 1
     pixels = np.full((max(1, image[0] // 320), max(1, image[1] // 320), 3), 100, np.uint8)
     found = Centrality(cells, np.zeros((1, 1), np.float32), grid, 1)
-    figure = heatmaps.figure_of(found, pixels, image, (0, image[1], image[0], 0), "title")
+    figure = heatmaps.draw_figure(found, pixels, image, (0, image[1], image[0], 0), "title")
     for axes in figure.axes[:2]:
         left, top, right, bottom = panel(figure, axes)
         assert min(right - left, bottom - top) >= 40
@@ -179,7 +179,7 @@ def test_details(detail, panels, infexport, zoo_bundle, tmp_path, monkeypatch):
 def test_a_picture_keeps_its_image_s_aspect(infexport, zoo_bundle, tmp_path):
     Image.fromarray(synthetic_image(60, 240)).save(tmp_path / "wide.png")
     infexport("run-engine", zoo_bundle("canvases-linear"), tmp_path / "wide.png", "--heatmaps", tmp_path / "maps")
-    figure = heatmaps.figure_of(
+    figure = heatmaps.draw_figure(
         Centrality(np.ones((1, 1, 8, 8), np.float32), np.zeros((1, 1), np.float32), (8, 8), 1),
         *heatmaps.overview(tmp_path / "wide.png"), (0, 240, 60, 0), "title",
     )  # fmt: skip
@@ -202,7 +202,7 @@ def test_images_of_one_name_have_a_picture_each(infexport, zoo_bundle, tmp_path)
 
 def test_names_are_never_taken_twice():
     files = [Path(name) for name in ("x/a.png", "y/a.png", "a-2.png", "z/a.tif", "b.png")]
-    assert heatmaps.names_of(files) == ["a", "a-2", "a-2-2", "a-3", "b"]
+    assert heatmaps.file_names(files) == ["a", "a-2", "a-2-2", "a-3", "b"]
 
 
 @pytest.mark.parametrize("name", [b"$_$.png", b"sur\xff.png"])
@@ -218,8 +218,8 @@ def test_a_map_of_an_image_in_an_archive_has_the_image_s_name(infexport, zoo_bun
         for name in ("first.png", "in/second.png"):
             archive.write(HELD_OUT / next(iter(DIGITS)), name)
     titles = []
-    figure_of = heatmaps.figure_of
-    monkeypatch.setattr(heatmaps, "figure_of", lambda *given: titles.append(given[4]) or figure_of(*given))
+    draw_figure = heatmaps.draw_figure
+    monkeypatch.setattr(heatmaps, "figure_of", lambda *given: titles.append(given[4]) or draw_figure(*given))
     urls = [f"zip://{name}::file://{tmp_path}/all.zip" for name in ("first.png", "in/second.png")]
     infexport("run-engine", zoo_bundle("canvases-linear"), *urls, "--heatmaps", tmp_path / "maps")
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["first.png", "second.png"]

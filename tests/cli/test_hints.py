@@ -16,7 +16,7 @@ import infexport
 from infexport.cli import cli
 from infexport.cli.options import Bytes, Numbers, Sizes
 from infexport.conversion.tensorrt.build_worker import Builder
-from infexport.conversion.tensorrt.profiles import check_stages, check_whole, peak, profile_of
+from infexport.conversion.tensorrt.profiles import check_stages, check_whole, make_profile, peak
 from infexport.errors import InfexportError
 from infexport.inference.runners.tensorrt import EngineSession
 from infexport.system.gpus import TARGETS, Target
@@ -137,8 +137,8 @@ MEMORY = st.none() | st.integers(2**20, 2**38)
 def test_what_is_hinted_for_a_whole_graph_is_accepted(manifest, memory, room, weights, sides, batches):
     patch, batches = manifest.config.patch_size, sorted(batches)
     sizes = [(height * patch, width * patch) for height, width in sides]
-    disorder = hint_of(profile_of, manifest, sizes, batches)
-    profile = profile_of(manifest, applied(disorder)["--sizes"] if disorder else sizes, batches)
+    disorder = hint_of(make_profile, manifest, sizes, batches)
+    profile = make_profile(manifest, applied(disorder)["--sizes"] if disorder else sizes, batches)
     target = Target("some", "8.0", room)
     for remedy in filter(None, hint_of(check_whole, manifest, profile, target, weights, memory).split("; or ")):
         if remedy.startswith("no GPU"):
@@ -151,7 +151,7 @@ def test_what_is_hinted_for_a_whole_graph_is_accepted(manifest, memory, room, we
             check_stages(manifest, found["--chunk"], aim, weights, given_memory)
         else:
             sizes, counts = found.get("--sizes", [*profile.sizes]), found.get("--batch", [*profile.batches])
-            check_whole(manifest, profile_of(manifest, sizes, counts), aim, weights, given_memory)
+            check_whole(manifest, make_profile(manifest, sizes, counts), aim, weights, given_memory)
 
 
 @settings(max_examples=200, deadline=None)
@@ -193,9 +193,9 @@ def test_no_chunk_is_hinted_that_was_refused():
 def test_a_profile_in_disorder_names_one_in_order(sizes, batches):
     manifest = SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8))
     with pytest.raises(InfexportError) as refused:
-        profile_of(manifest, sizes, batches)
+        make_profile(manifest, sizes, batches)
     found = applied(refused.value.hint)
-    profile_of(manifest, found.get("--sizes", sizes), found.get("--batch", batches))
+    make_profile(manifest, found.get("--sizes", sizes), found.get("--batch", batches))
 
 
 @given(
@@ -217,7 +217,7 @@ def test_an_engine_that_is_to_be_built_takes_what_was_given(shapes, name, stages
         assert stream.endswith("--execution stream") == stages
         found = applied(whole)
         manifest = SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8))
-        profile = profile_of(manifest, found["--sizes"], found["--batch"])
+        profile = make_profile(manifest, found["--sizes"], found["--batch"])
         takes = "uint8" if name == "image" else "float32"
         session._facts = facts | {"profile": profile.shapes(takes)}
         session._check({name: np.broadcast_to(np.uint8(0), given_shape)})
@@ -257,7 +257,7 @@ def test_a_plan_says_which_options_make_it_smaller(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr(build, "ask", lambda worker, request, heard: asked.update(request) or {"version": "1"})
     manifest = SimpleNamespace(files={})
-    profile = profile_of(SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8)), None, None)
+    profile = make_profile(SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8)), None, None)
     plan = build.Plan(TARGETS["a100"], SimpleNamespace(name="tensorrt"), "fp32", "whole", profile, None)
     for execution, option in (("whole", "--sizes"), ("stream", "--chunk")):
         bundle = SimpleNamespace(path=tmp_path, manifest=manifest)

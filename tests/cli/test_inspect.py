@@ -107,7 +107,7 @@ def test_the_parts_are_all_parameters(name, changes):
     config = dataclasses.replace(SIZES[name], **changes)
     with torch.device("meta"):
         network = InfViT(config)
-    parts = {part.name: part for part in inspect.parts_of(config)}
+    parts = {part.name: part for part in inspect.list_parts(config)}
     layer, count = network.encoder.layers[0], lambda module: sum(each.numel() for each in module.parameters())
     assert parts["layer: attention"].each == count(layer.attn)
     assert parts["layer: MLP"].each == count(layer.ff)
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_may_not_be_read(infexport, bundle, monkeypatch):
 
     opened = open_bundle(bundle)
     monkeypatch.setattr("infexport.bundle.bundle.sha256", denied)
-    assert inspect.provenance_of(opened).checkpoint == "unreadable"
+    assert inspect.check_provenance(opened).checkpoint == "unreadable"
 
 
 def test_a_file_that_was_changed_is_named_and_not_loaded(infexport, bundle):

@@ -260,7 +260,7 @@ def test_a_full_disk_while_centrality_is_written(infexport, bundle, tmp_path, mo
 
 
 def test_a_drawing_that_fails_loses_no_answer(infexport, bundle, images, tmp_path, monkeypatch):
-    figure = heatmaps.figure_of
+    figure = heatmaps.draw_figure
 
     def fail(centrality, pixels, image, extent, title, detail):
         if title.startswith("a:"):

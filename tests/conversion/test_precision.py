@@ -25,7 +25,7 @@ from torch import nn
 
 from infexport.conversion.calibration import calibrate
 from infexport.conversion.image_model import ImageModel
-from infexport.conversion.passes import Inputs, lower, weight_key
+from infexport.conversion.passes import ActivationStats, lower, weight_key
 from infexport.conversion.passes.quantization import quantization, quantized_weight
 from infexport.conversion.passes.token_matmuls import find_products
 from infexport.inference.runners import onnxruntime as ort
@@ -115,7 +115,7 @@ PURE = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "ff.0", "f
 LAST = {"linear_infsa": ["q_proj"], "pure_infsa": ["q_proj", "k_proj"]}
 
 
-def name_of(product) -> str:
+def display_name(product) -> str:
     """The layer that a product was exported from: the exporter names the bias after it, not the weight."""
     ((add, _),) = product.node.outputs[0].uses()
     return add.inputs[1].name.removeprefix("network.").removesuffix(".bias")
@@ -127,8 +127,8 @@ def test_products_that_meet_every_token(variant, layer, convert):
     expected = ["patch_embed.proj"]
     expected += [f"encoder.layers.{i}.{name}" for i in (0, 1) for name in layer]
     expected += [f"encoder.layers.2.layer.attn.attention.{name}" for name in LAST[variant]]
-    assert sorted(map(name_of, products)) == sorted(expected)
-    assert [name_of(product) for product in products if product.largest is not None] == ["patch_embed.proj"]
+    assert sorted(map(display_name, products)) == sorted(expected)
+    assert [display_name(product) for product in products if product.largest is not None] == ["patch_embed.proj"]
     center = image_model(variant=variant).network.patch_embed.center
     assert products[0].largest == max(center, 255 - center)
 
@@ -186,7 +186,9 @@ def test_ranges_are_those_of_all_images(convert):
     first = model.network.encoder.layers[0]
     with torch.no_grad():
         tokens = torch.cat([first.norm1(model.network.embed(torch.from_numpy(x).float())).flatten(0, 1) for x in sizes])
-    keys = {name_of(product): weight_key(product) for product in find_products(ir.load(bundle / "model.onnx").graph)}
+    keys = {
+        display_name(product): weight_key(product) for product in find_products(ir.load(bundle / "model.onnx").graph)
+    }
     assert met.keys() == {key for name, key in keys.items() if name != "patch_embed.proj"}
     found = met[keys["encoder.layers.0.attn.attention.q_proj"]]
     assert (found.low, found.high) == pytest.approx((float(tokens.min()), float(tokens.max())), rel=1e-5)
@@ -228,7 +230,7 @@ def int8(linear: nn.Linear, range_=None, mean=None, signed=False) -> onnx.ModelP
     if range_ is not None:
         (product,) = find_products(model.graph)
         mean = np.zeros(linear.in_features) if mean is None else mean
-        met = {weight_key(product): Inputs(*range_, mean)}
+        met = {weight_key(product): ActivationStats(*range_, mean)}
     lower(model, "int8", met, tensorrt=signed)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from support import ZOO, relative_error
 
 from infexport.bundle import open_bundle
-from infexport.inference.centrality import of_tokens
+from infexport.inference.centrality import centrality_from_tokens
 from infexport.inference.runners.onnxruntime import OrtRunner
 from infvit.checkpoint import build_network, load_checkpoint
 
@@ -123,7 +123,7 @@ def test_centrality_lies_on_the_digit(name, zoo_bundle):
             found = runner.run(images)["centrality"]
             on_digit, brightest = [], 0
             for tokens, (top, left) in zip(found, places, strict=True):
-                shares = of_tokens(tokens, (size // patch, size // patch)).shares.mean((0, 1))
+                shares = centrality_from_tokens(tokens, (size // patch, size // patch)).shares.mean((0, 1))
                 on_digit.append(shares[top : top + 3, left : left + 3].sum())
                 row, column = np.unravel_index(shares.argmax(), shares.shape)
                 brightest += top <= row < top + 3 and left <= column < left + 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infexport.evaluation.flops import Work, embedding_of, work_of
+from infexport.evaluation.flops import MatmulCost, embedding_cost, matmul_cost
 from infvit.config import SIZES, InfViTConfig
 from infvit.fold import fold
 from infvit.network import InfViT
@@ -20,7 +20,7 @@ TINY = InfViTConfig(
 
 
 def work(folded, tokens, **changes):
-    return work_of(dataclasses.replace(TINY, **changes), folded, tokens)
+    return matmul_cost(dataclasses.replace(TINY, **changes), folded, tokens)
 
 
 @pytest.mark.parametrize(
@@ -37,28 +37,28 @@ def work(folded, tokens, **changes):
 def test_the_paper_s_sizes(name, folded, dense):
     config = SIZES[name]
     tokens = 64 * 64 + 1  # 1024² in patches of 16
-    found = work_of(config, folded, tokens)
+    found = matmul_cost(config, folded, tokens)
     assert found.dense == dense * E2 * tokens
     layers = 0 if "linear" in name else config.depth - 0.5 if folded else config.depth
     assert found.attention == layers * 2 * 1024 * tokens**2
 
 
 def test_by_hand():
-    assert work(False, 5, variant="linear_infsa") == Work(5 * 3 * 1000, 0)
-    assert work(False, 5, variant="linear_infsa", attention_dense=True) == Work(5 * 3 * 1100, 0)
+    assert work(False, 5, variant="linear_infsa") == MatmulCost(5 * 3 * 1000, 0)
+    assert work(False, 5, variant="linear_infsa", attention_dense=True) == MatmulCost(5 * 3 * 1100, 0)
     assert work(True, 5, variant="linear_infsa") == work(True, 5, variant="linear_infsa", attention_dense=True)
-    assert work(True, 5, variant="linear_infsa") == Work(5 * (2 * 700 + 100), 0)
+    assert work(True, 5, variant="linear_infsa") == MatmulCost(5 * (2 * 700 + 100), 0)
     # one sweep over all pairs is two products of N² E: 500
-    assert work(False, 5, variant="pure_infsa") == Work(5 * 3 * 1000, 3 * 500)
-    assert work(False, 5, variant="pure_infsa", neumann_terms=4) == Work(5 * 3 * 1000, 4 * 3 * 500)
-    assert work(True, 5, variant="pure_infsa") == Work(5 * (2 * 1000 + 200), 2 * 500 + 250)
-    assert work(True, 5, variant="pure_infsa", neumann_terms=4) == Work(5 * (2 * 1000 + 300), 4 * 3 * 500)
-    assert work(False, 5, variant="softmax", neumann_terms=4) == Work(5 * 3 * 1000, 3 * 500)
-    assert work(True, 5, variant="linear_infsa", depth=1) == Work(500, 0)
+    assert work(False, 5, variant="pure_infsa") == MatmulCost(5 * 3 * 1000, 3 * 500)
+    assert work(False, 5, variant="pure_infsa", neumann_terms=4) == MatmulCost(5 * 3 * 1000, 4 * 3 * 500)
+    assert work(True, 5, variant="pure_infsa") == MatmulCost(5 * (2 * 1000 + 200), 2 * 500 + 250)
+    assert work(True, 5, variant="pure_infsa", neumann_terms=4) == MatmulCost(5 * (2 * 1000 + 300), 4 * 3 * 500)
+    assert work(False, 5, variant="softmax", neumann_terms=4) == MatmulCost(5 * 3 * 1000, 3 * 500)
+    assert work(True, 5, variant="linear_infsa", depth=1) == MatmulCost(500, 0)
 
 
 def test_the_time_it_takes():
-    assert Work(dense=300, attention=40).seconds(100, 20) == 5
+    assert MatmulCost(dense=300, attention=40).seconds(100, 20) == 5
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -73,9 +73,9 @@ def test_torch_counts_the_same(folded):
     chosen = fold(network) if folded else network  # before torch counts: by hooks, beside which nothing is folded
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         chosen.encoder(torch.randn(1, tokens, 256))
-    expected = work_of(dataclasses.asdict(config), folded, tokens)
+    expected = matmul_cost(dataclasses.asdict(config), folded, tokens)
     assert counter.get_total_flops() / 2 == pytest.approx(expected.dense, rel=0.02)
     assert expected.dense <= counter.get_total_flops() / 2
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.patch_embed(torch.randn(1, 3, 40, 24))
-    assert counter.get_total_flops() / 2 == embedding_of(dataclasses.asdict(config), tokens=5 * 3 + 1)
+    assert counter.get_total_flops() / 2 == embedding_cost(dataclasses.asdict(config), tokens=5 * 3 + 1)

@@ -12,7 +12,7 @@ from infexport.bundle.manifest import Stage
 from infvit.config import InfViTConfig
 from infvit.fold import fold, fold_normalisation
 from infvit.network import InfViT
-from infvit.stages import sweeps
+from infvit.stages import make_stages
 
 CONFIG = InfViTConfig(
     variant="linear_infsa", image_size=24, patch_size=8, depth=2, embed_dim=16, num_heads=2, mlp_dim=24, num_classes=5,
@@ -25,7 +25,7 @@ class TorchStages:
 
     def __init__(self, network):
         self.precision, self.max_rows = "fp32", None
-        self.modules = sweeps(network, torch.nn.Identity())
+        self.modules = make_stages(network, torch.nn.Identity())
         self.stages = [
             Stage(str(i), m.over, list(m.inputs), list(m.outputs), m.optional) for i, m in enumerate(self.modules)
         ]

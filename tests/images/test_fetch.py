@@ -17,7 +17,7 @@ from support import ZOO
 from infexport import Predictor
 from infexport.errors import InfexportError
 from infexport.images.decode import read_image
-from infexport.images.fetch import at_hand, find
+from infexport.images.fetch import find, local_copy
 
 DIGITS = ZOO / "digits-held-out"
 FILES = sorted(DIGITS.glob("*.png"))[:3]
@@ -100,7 +100,7 @@ def test_a_large_one_is_streamed_from_a_copy(zoo_bundle, bucket):
 )
 def test_what_cannot_be_fetched(url, words, infexport, zoo_bundle, server):
     url = url.format(server=server)
-    with pytest.raises(InfexportError, match="cannot read") as caught, at_hand(url):
+    with pytest.raises(InfexportError, match="cannot read") as caught, local_copy(url):
         pass
     assert url in caught.value.summary
     assert words in caught.value.details
@@ -147,7 +147,7 @@ def test_what_may_be_secret_is_not_told(infexport, zoo_bundle, server, tmp_path)
 def test_pages_are_not_followed(server):
     """A server of pages lists links, and these have links."""
     assert find([f"{server}/"]) == [f"{server}/"]
-    with at_hand(f"{server}/") as file, pytest.raises(InfexportError, match="not an image that can be read"):
+    with local_copy(f"{server}/") as file, pytest.raises(InfexportError, match="not an image that can be read"):
         read_image(file)
 
 
@@ -156,7 +156,7 @@ def test_images_in_an_archive(tmp_path):
         archive.write(FILES[0], f"deep/{FILES[0].name}")
     url = f"zip://deep/{FILES[0].name}::file://{tmp_path}/all.zip"
     assert find([url]) == [url]
-    with at_hand(url) as file:
+    with local_copy(url) as file:
         assert file.read_bytes() == FILES[0].read_bytes()
         assert file.suffix == ".png"
     with pytest.raises(InfexportError, match="a folder in an archive"):

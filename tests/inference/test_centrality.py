@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infexport.inference import centrality
-from infexport.inference.centrality import Centrality, of_tokens, step_of, summed
+from infexport.inference.centrality import Centrality, centrality_from_tokens, map_step, summed
 from infexport.outputs.heatmaps import overlay
 
 
@@ -26,7 +26,7 @@ def means(values, parts):
 
 def test_shares_are_of_everything_and_zero_where_there_is_nothing():
     tokens = np.array([[[1, 2, 3, 4, 0, 0, 6], [0] * 7]], np.float32)
-    found = of_tokens(tokens, (2, 3))
+    found = centrality_from_tokens(tokens, (2, 3))
     assert found.cells.shape == (1, 2, 2, 3)
     assert found.class_token.tolist() == [[1, 0]]
     assert found.shares[0, 0] == pytest.approx(np.array([[2, 3, 4], [0, 0, 6]]) / 16)
@@ -55,9 +55,9 @@ def test_cells_sum_up_what_is_in_them(height, width, step, heads):
 
 def test_the_step_is_the_least_that_fits(monkeypatch):
     monkeypatch.setattr(centrality, "MOST_NUMBERS", 1000)
-    assert step_of((10, 10), 10) == 1
-    assert step_of((10, 11), 10) == 2
-    assert step_of((4096, 4096), 1) == 133
+    assert map_step((10, 10), 10) == 1
+    assert map_step((10, 11), 10) == 2
+    assert map_step((4096, 4096), 1) == 133
     assert -((-4096 // 133) ** 2) <= 1000 < (-(-4096 // 132)) ** 2
 
 

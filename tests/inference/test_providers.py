@@ -144,7 +144,7 @@ def test_nodes_on_several_providers_are_told():
         part("CPU", ("", "Shape"), ("com.microsoft", "Gelu")),
         part("CUDA", ("", "MatMul")),
     ]
-    placement = onnxruntime.placement_of(SimpleNamespace(get_provider_graph_assignment_info=lambda: parts))
+    placement = onnxruntime.read_placement(SimpleNamespace(get_provider_graph_assignment_info=lambda: parts))
     assert placement == {"CUDA": {"MatMul": 2}, "CPU": {"Shape": 1, "com.microsoft::Gelu": 1}}
     assert spread(placement) == "2 nodes on CUDA, 2 nodes on CPU"
     assert spread({"CUDA": placement["CUDA"]}) == ""

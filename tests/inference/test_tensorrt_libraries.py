@@ -7,7 +7,7 @@ import pytest
 from infexport.errors import InfexportError
 from infexport.inference import tensorrt_libraries
 from infexport.system import gpus
-from infexport.system.gpus import Gpu, local_gpu, target_of
+from infexport.system.gpus import Gpu, find_target, local_gpu
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 << 30, "580.1", "8.0")
 H200 = Gpu("NVIDIA H200", 141 * 10**9, "580.1", "9.0")
@@ -28,14 +28,14 @@ def everything(monkeypatch):
     ],
 )
 def test_auto_takes_the_gpu_s_own(target, gpu, chosen, words, everything):
-    backend, why = tensorrt_libraries.choose("auto", target_of(target), gpu)
+    backend, why = tensorrt_libraries.choose("auto", find_target(target), gpu)
     assert backend.name == chosen
     assert words in why
 
 
 def test_none_can(everything):
     with pytest.raises(InfexportError) as refused:
-        tensorrt_libraries.choose("auto", target_of("h100"), A100)
+        tensorrt_libraries.choose("auto", find_target("h100"), A100)
     assert "tensorrt: it builds for the GPU it runs on" in refused.value.details
     assert "tensorrt-rtx: it builds for compute capabilities" in refused.value.details
 
@@ -44,13 +44,13 @@ def test_none_can(everything):
     ("name", "capability"), [("a100", "8.0"), ("sm_80", "8.0"), ("sm90", "9.0"), ("sm_120", "12.0")]
 )
 def test_targets_by_name_and_capability(name, capability):
-    assert target_of(name).capability == capability
+    assert find_target(name).capability == capability
 
 
 @pytest.mark.parametrize("name", ["", "sm_", "sm_8", "sm_8x", "A100!", "../a100"])
 def test_no_such_target(name):
     with pytest.raises(InfexportError, match="no such target"):
-        target_of(name)
+        find_target(name)
 
 
 def smi(monkeypatch, stdout, code=0):
@@ -61,7 +61,7 @@ def smi(monkeypatch, stdout, code=0):
 def test_the_local_gpu(monkeypatch):
     smi(monkeypatch, "NVIDIA A100-SXM4-80GB, 81920, 580.1, 8.0\nanother, 1, 1, 9.0\n")
     assert local_gpu() == A100
-    target = target_of("local")
+    target = find_target("local")
     assert (target.name, target.capability, target.memory) == ("nvidia-a100-sxm4-80gb", "8.0", 80 << 30)
 
 
@@ -70,11 +70,11 @@ def test_the_gpu_that_cuda_sees(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234,0")
     monkeypatch.setattr(gpus.shutil, "which", lambda program: "nvidia-smi")
 
-    def output_of(command, limit):
+    def run_program(command, limit):
         asked.append(command)
         return 0, "NVIDIA GB10, [N/A], 580.1, 12.1\n", ""
 
-    monkeypatch.setattr(gpus, "output_of", output_of)
+    monkeypatch.setattr(gpus, "output_of", run_program)
     gpu = local_gpu()
     assert "--id=GPU-1234" in asked[0]
     assert (gpu.memory, gpu.capability) == (None, "12.1")

@@ -12,7 +12,7 @@ from support import GOLDEN, relative_error
 from torch import Tensor
 
 from infsa_ops.neumann_kernel import reference
-from infvit.absorbing import ALLOWANCE, BATCHES, chain_of, compare_visits, expected_visits, simulate
+from infvit.absorbing import ALLOWANCE, BATCHES, compare_visits, expected_visits, make_chain, simulate
 from infvit.centrality import katz, katz_limit, linear_scores, principal, row_sums
 
 RHO = 0.95
@@ -193,7 +193,7 @@ KINDS = {
 
 def chain_in(case: str, rho: float = RHO):
     q, k = (tokens[0, 0] for tokens in CASES[case])
-    chain = chain_of(q, k, rho, principal(q[None, None], k[None, None], "right").vector.flatten())
+    chain = make_chain(q, k, rho, principal(q[None, None], k[None, None], "right").vector.flatten())
     return q, k, chain
 
 

@@ -41,7 +41,7 @@ def network_of(**changes) -> InfViT:
     return network
 
 
-def pixels_of(height: int = 8, width: int = 8) -> Tensor:
+def pixels_from(height: int = 8, width: int = 8) -> Tensor:
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -108,9 +108,9 @@ def test_golden_logits(case):
 @pytest.mark.parametrize("rho_per_head", [False, True])
 def test_network_is_the_reference(variant, rho_per_head, reference_operators):
     network = network_of(variant=variant, rho_per_head=rho_per_head)
-    logits = network(pixels_of(12, 20))
+    logits = network(pixels_from(12, 20))
     reference_operators()
-    assert relative_error(logits, network(pixels_of(12, 20))) <= 1e-12
+    assert relative_error(logits, network(pixels_from(12, 20))) <= 1e-12
 
 
 @pytest.mark.parametrize("variant", ["linear_infsa", "pure_infsa"])
@@ -120,7 +120,7 @@ def test_rho_per_head(variant):
     assert shapes == {f"encoder.layers.{layer}.attn.rho_logit": (3,) for layer in range(2)}
     state = one.state_dict()
     each.load_state_dict({key: state[key].expand(3) if key in shapes else state[key] for key in state})
-    assert relative_error(each(pixels_of()), one(pixels_of())) <= 1e-12
+    assert relative_error(each(pixels_from()), one(pixels_from())) <= 1e-12
 
     # a head's ρ reaches that head alone
     attention = each.attentions[0]
@@ -159,20 +159,20 @@ def test_softmax_layer_is_a_transformer_layer():
 def test_softmax_network_has_no_discount():
     network = network_of(variant="softmax")
     assert not [key for key in network.state_dict() if "rho" in key]
-    assert network(pixels_of()).shape == (2, 5)
+    assert network(pixels_from()).shape == (2, 5)
 
 
 @pytest.mark.parametrize("terms", [2, 7])
 def test_set_neumann_terms(terms, reference_operators):
     network = network_of()
-    one_term = network(pixels_of())
+    one_term = network(pixels_from())
     network.set_neumann_terms(terms)
     assert network.config.neumann_terms == terms
-    logits = network(pixels_of())
+    logits = network(pixels_from())
     assert relative_error(logits, one_term) > 1e-3
-    assert relative_error(logits, network_of(neumann_terms=terms)(pixels_of())) == 0
+    assert relative_error(logits, network_of(neumann_terms=terms)(pixels_from())) == 0
     reference_operators()
-    assert relative_error(logits, network(pixels_of())) <= 1e-12
+    assert relative_error(logits, network(pixels_from())) <= 1e-12
 
 
 def test_optional_layers():
@@ -180,9 +180,9 @@ def test_optional_layers():
     keys = set(network.state_dict())
     assert {"encoder.layers.0.attn.dense.weight", "pooler.weight"} <= keys
     assert not [key for key in keys if key.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
-    features = network.forward_features(pixels_of())
+    features = network.forward_features(pixels_from())
     assert features.abs().max() <= 1  # tanh
-    assert relative_error(network.head(features), network(pixels_of())) == 0
+    assert relative_error(network.head(features), network(pixels_from())) == 0
 
 
 # Config

@@ -16,7 +16,7 @@ from infexport.errors import InfexportError
 from infvit.fold import fold
 from infvit.network import InfViT
 from infvit.rewrite import is_plain
-from infvit.stages import sweeps
+from infvit.stages import make_stages
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PLACES = (
@@ -132,10 +132,10 @@ def test_whatever_is_done_to_a_module_is_done_in_the_folded_network(change, fami
 @pytest.mark.parametrize("place", ["encoder.layers.0.norm1", "encoder.layers.0.attn.q_proj", "encoder.layers.0.ff.0"])
 def test_a_module_that_may_mix_tokens_is_not_given_chunks_of_them(change, place):
     network = network_of("linear")
-    assert sweeps(fold(network), nn.Identity())
+    assert make_stages(fold(network), nn.Identity())
     if change(network.get_submodule(place)):
         with pytest.raises(ValueError, match=place.rpartition(".")[0]):
-            sweeps(fold(network), nn.Identity())
+            make_stages(fold(network), nn.Identity())
 
 
 def test_a_patch_embedding_of_overlapping_patches_keeps_its_normalisation():

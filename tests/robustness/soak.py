@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infexport import Predictor
-from infexport.inference.prediction import Failure, Prediction, Row
+from infexport.inference.prediction import Failure, ImageResult, Prediction
 from infexport.outputs import heatmaps
 from infexport.outputs.results import Results
 from infexport.system.host import cpu_model, threads_alive, usable_cores
@@ -200,7 +200,7 @@ class Traffic:
         """A hundred requests; how many images were asked about."""
         files = self._files(8)
         damaged = self._damaged(files)
-        rows: list[Row] = []
+        rows: list[ImageResult] = []
         for batch in (self._digits[:8], files[:4] + self._digits[8:12], files[4:] + self._digits[12:16]):
             rows += self.trained.predict(batch)
         self._same(rows[:8])
@@ -251,19 +251,19 @@ class Traffic:
             found.append(damaged)
         return found
 
-    def _same(self, rows: Sequence[Row]) -> None:
+    def _same(self, rows: Sequence[ImageResult]) -> None:
         """The same digits have the same answers as in the first round."""
         logits = np.stack([row.logits for row in rows if isinstance(row, Prediction)])
         self._first = logits if self._first is None else self._first
         assert np.array_equal(logits, self._first), "the same images were answered otherwise than before"
 
-    def _reopened(self) -> Row:
+    def _reopened(self) -> ImageResult:
         """By a predictor that comes out of a pickle, and is closed."""
         with pickle.loads(pickle.dumps(self.trained)) as predictor:
             (row,) = predictor.predict(self._digits[:1])
         return row
 
-    def _write(self, rows: Sequence[Row], number: int) -> None:
+    def _write(self, rows: Sequence[ImageResult], number: int) -> None:
         bundle = self.trained.bundle
         config = bundle.manifest.config
         results = Results(rows, bundle.labels, [], 3, True, (config.num_classes, config.embed_dim))
@@ -271,14 +271,14 @@ class Traffic:
         suffix = (".json", ".csv", ".npz", ".parquet")[number % 4]
         results.write(self._folder / f"results{suffix}")
 
-    def _draw(self, file: Path, answer: Row) -> None:
+    def _draw(self, file: Path, answer: ImageResult) -> None:
         assert isinstance(answer, Prediction)
         assert answer.centrality is not None
         manifest = self.mapped.bundle.manifest
         pixels, image = heatmaps.overview(file)
         transform = manifest.preprocessing.transform
         extent = heatmaps.region(image, answer.grid, manifest.config.patch_size, "native", transform)
-        figure = heatmaps.figure_of(answer.centrality, pixels, image, extent, "soak")
+        figure = heatmaps.draw_figure(answer.centrality, pixels, image, extent, "soak")
         heatmaps.save(figure, self._folder / "map.png")
         figure.clear()  # as run-engine does
 

@@ -22,7 +22,7 @@ import pytest
 from infexport.bundle import create_bundle, open_bundle
 from infexport.conversion.tensorrt import build as engine
 from infexport.conversion.tensorrt.build import Plan, build_engines
-from infexport.conversion.tensorrt.profiles import profile_of
+from infexport.conversion.tensorrt.profiles import make_profile
 from infexport.inference.tensorrt_libraries import TensorRTRTX
 from infexport.system import atomic_files
 from infexport.system.atomic_files import PREFIX, partial_folder, recover, sweep
@@ -254,7 +254,7 @@ def test_builds_into_one_bundle_at_once_keep_each_other_s_engines(made, tmp_path
         return "1.0", [{"seconds": 0.0, "layers": {}, "log": []} for _ in parts]
 
     monkeypatch.setattr(engine, "_build", build)
-    sizes = profile_of(bundle.manifest, [(16, 16)], [1])
+    sizes = make_profile(bundle.manifest, [(16, 16)], [1])
     targets = [*TARGETS][:6]
     plans = [Plan(TARGETS[name], TensorRTRTX(), "fp32", "whole", sizes, None) for name in targets * 2]
     threads = [threading.Thread(target=build_engines, args=[bundle, plan, ProgressListener()]) for plan in plans]

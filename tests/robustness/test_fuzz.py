@@ -28,7 +28,7 @@ from infexport.cli.console import OBEYED, Output, printable
 from infexport.conversion.convert import ConvertOptions, read_checkpoint
 from infexport.errors import InfexportError
 from infexport.evaluation.accuracy.dataset import Classes, read_labelled
-from infexport.inference.engine_selection import sets_of
+from infexport.inference.engine_selection import find_engine_sets
 from infvit.checkpoint.settings import NAMES
 
 SEED = 7
@@ -258,7 +258,7 @@ def test_any_value_in_a_sidecar_is_used_or_refused(whole, hostile, tmp_path, nam
         return  # no JSON
     (tmp_path / "engines" / "a.engine.json").write_bytes(content)
     bundle = Bundle(tmp_path, whole.opened.manifest)
-    assert len(sets_of(bundle, "whole")) <= 1
+    assert len(find_engine_sets(bundle, "whole")) <= 1
     assert bundle.engines[0].state in ("current", "stale", "modified", "unreadable")
 
 

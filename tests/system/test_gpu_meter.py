@@ -6,7 +6,7 @@ import pytest
 from fake_nvml import FakeNvml, NVMLError, install
 
 from infexport.system import gpu_meter
-from infexport.system.gpu_meter import Meter, device_of
+from infexport.system.gpu_meter import Meter, find_device
 
 
 @pytest.fixture
@@ -88,13 +88,13 @@ def test_no_nvml(driver, package, visible, reason, fake, monkeypatch):
     ],
 )
 def test_the_gpu_is_the_one_that_cuda_takes(visible, found):
-    assert device_of(FakeNvml(), visible) == found
+    assert find_device(FakeNvml(), visible) == found
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "GPU-dddd"])
 def test_a_gpu_that_is_not_there(visible):
     with pytest.raises(NVMLError):
-        device_of(FakeNvml(), visible)
+        find_device(FakeNvml(), visible)
 
 
 def test_the_package_is_what_the_fake_stands_in_for():

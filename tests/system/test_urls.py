@@ -16,7 +16,7 @@ from PIL import Image
 from support import ZOO
 
 from infexport.errors import InfexportError
-from infexport.images.fetch import at_hand, find, named
+from infexport.images.fetch import find, local_copy, named
 from infexport.system.urls import name_of_url, scrubbed, shown
 
 DIGIT = min((ZOO / "digits-held-out").glob("*.png"))
@@ -146,7 +146,7 @@ def test_an_error_about_a_copy_names_the_url(archive):
 
     url = f"zip://bad.png::file://{archive}"
     copies = []
-    with pytest.raises(InfexportError) as caught, at_hand(url) as file:
+    with pytest.raises(InfexportError) as caught, local_copy(url) as file:
         read_image(copies.append(file) or file)
     (copy,) = copies
     told = json.dumps(caught.value.to_dict())
@@ -164,7 +164,7 @@ def test_a_warning_about_a_copy_names_the_url(tmp_path, caplog):
     frames = [Image.new("L", (8, 8), value) for value in (0, 255)]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     url = f"file://{tmp_path}/two.gif"
-    with caplog.at_level(logging.WARNING, "infexport"), at_hand(url) as file:
+    with caplog.at_level(logging.WARNING, "infexport"), local_copy(url) as file:
         read_image(file)
     assert [record.getMessage() for record in caplog.records] == [f"{url} has more than one frame; the first is used"]
     assert not logging.getLogger("infexport").filters
@@ -178,7 +178,7 @@ def test_a_full_disk_is_no_matter_of_credentials(archive, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
     monkeypatch.setattr(fsspec.implementations.zip.ZipFileSystem, "get_file", full)
-    with pytest.raises(InfexportError, match="cannot read zip://") as caught, at_hand(f"zip://digit.png::{archive}"):
+    with pytest.raises(InfexportError, match="cannot read zip://") as caught, local_copy(f"zip://digit.png::{archive}"):
         pass
     assert "make room in" in caught.value.hint
     assert not re.search("credentials", caught.value.hint)

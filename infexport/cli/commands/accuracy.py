@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from infexport.bundle import Bundle
     from infexport.evaluation.accuracy.evaluate import Report
     from infexport.evaluation.accuracy.metrics import Share
-    from infexport.evaluation.checkpoint_reference import CheckpointOpening
+    from infexport.evaluation.checkpoint_reference import CheckpointRunnerFactory
 
 ALL_CLASSES, WORST, DISAGREEMENTS = 20, 10, 20
 """Rows for people: of so many classes all, else so many; so many disagreements."""
@@ -75,7 +75,7 @@ def accuracy(
     Exit code 1 when an image cannot be judged, which counts neither for nor against, or top-1 is below --min-top1.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import warnings_of
+    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.accuracy.dataset import Classes, read_labelled
     from infexport.evaluation.accuracy.evaluate import SUFFIXES, evaluate
@@ -107,7 +107,7 @@ def accuracy(
     network = None if no_pytorch else _network(opened, checkpoint)
     if not opened.verified:
         out.warning("the bundle was modified since it was converted; the report is of what it is now")
-    for line in warnings_of(opened.manifest):
+    for line in bundle_warnings(opened.manifest):
         out.warning(line)
     with out.progress(len(images) * (1 if no_pytorch else 2), "images") as bar:
         report = evaluate(
@@ -123,14 +123,14 @@ def accuracy(
     raise click.exceptions.Exit(0 if report else 1)
 
 
-def _network(bundle: Bundle, checkpoint: Path | None) -> CheckpointOpening:
+def _network(bundle: Bundle, checkpoint: Path | None) -> CheckpointRunnerFactory:
     """The checkpoint's, as named or as recorded."""
     try:
         require("torch", "safetensors", extra="export")
-        from infexport.evaluation.checkpoint_reference import CheckpointOpening
+        from infexport.evaluation.checkpoint_reference import CheckpointRunnerFactory
         from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
 
-        return CheckpointOpening(bundle, checkpoint or recorded_checkpoint(bundle))
+        return CheckpointRunnerFactory(bundle, checkpoint or recorded_checkpoint(bundle))
     except InfexportError as error:
         hint = "; ".join(filter(None, [error.hint, "or judge the bundle alone: --no-pytorch"]))
         raise InfexportError(error.summary, error.details, hint) from error

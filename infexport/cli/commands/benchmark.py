@@ -14,7 +14,7 @@ from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
     from infexport.cli.progress import ConsoleProgress
-    from infexport.evaluation.benchmark.result import Report, Row
+    from infexport.evaluation.benchmark.result import BenchmarkRow, Report
 
 ON_GPU = ("J/image", "GPU MB")
 """Columns that are shown where they have a value."""
@@ -59,7 +59,7 @@ def benchmark(
     Exit code 1 when a size failed, as for want of memory; it doesn't stop the others.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import warnings_of
+    from infexport.bundle.summary import bundle_warnings
     from infexport.evaluation.benchmark.benchmark import benchmark, sizes_for
     from infexport.inference.runners.onnxruntime import remarks
 
@@ -70,7 +70,7 @@ def benchmark(
 
         check_plot(plot)
     opened = open_bundle(bundle)
-    for line in warnings_of(opened.manifest):
+    for line in bundle_warnings(opened.manifest):
         out.warning(line)
     chosen = sizes_for(opened, sizes)
     report = benchmark(
@@ -126,7 +126,7 @@ def _missing(report: Report) -> list[str]:
     return [f"not measured: {reason}" for each in measured if each.on_gpu for reason in each.on_gpu.missing]
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row: BenchmarkRow) -> dict[str, str]:
     """By column."""
     facts = row.to_dict()
     seconds, gpu = facts.get("seconds", {}), facts.get("on_gpu", {})

@@ -51,23 +51,23 @@ def build_engine(
     second. Beside it stands a sidecar: target, profile, build log and the hashes of checkpoint, graph and engine.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import warnings_of
+    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import BuildProgress
     from infexport.conversion.tensorrt.build import Plan, build_engines
-    from infexport.conversion.tensorrt.profiles import profile_of
+    from infexport.conversion.tensorrt.profiles import make_profile
     from infexport.images.decode import find_images
     from infexport.inference.tensorrt_libraries import choose
-    from infexport.system.gpus import local_gpu, target_of
+    from infexport.system.gpus import find_target, local_gpu
 
     out = Output(as_json)
     opened = open_bundle(bundle)
-    aim = target_of(target)
+    aim = find_target(target)
     gpu = local_gpu()
     library, why = choose(backend, aim, gpu)
-    profile = profile_of(opened.manifest, sizes, batch)
+    profile = make_profile(opened.manifest, sizes, batch)
     files = tuple(find_images(calibrate)) if calibrate else ()
     plan = Plan(aim, library, precision, execution, profile, gpu, chunk, files, memory)
-    for line in warnings_of(opened.manifest):
+    for line in bundle_warnings(opened.manifest):
         out.warning(line)
     out.status(f"building for {aim.name}, compute capability {aim.capability}, with {library.name}: {why}")
 

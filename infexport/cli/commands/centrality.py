@@ -53,19 +53,19 @@ def centrality(
     out = Output(as_json)
     require("torch", "safetensors", extra="export")
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import warnings_of
-    from infexport.evaluation.centrality.check import heads_of, validate_centrality
+    from infexport.bundle.summary import bundle_warnings
+    from infexport.evaluation.centrality.check import count_heads, validate_centrality
     from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
     from infexport.images.decode import find_images
 
     opened = open_bundle(bundle)
-    for line in warnings_of(opened.manifest):
+    for line in bundle_warnings(opened.manifest):
         out.warning(line)
     files = [] if images is None else find_images([images])
     if sizes is None:
         sizes = [(opened.manifest.config.image_size,) * 2] if images is None else []
     path = checkpoint or recorded_checkpoint(opened)
-    with out.progress((len(sizes) + len(files)) * heads_of(opened, layers), "walking") as bar:
+    with out.progress((len(sizes) + len(files)) * count_heads(opened, layers), "walking") as bar:
         report = validate_centrality(opened, path, sizes, files, layers, walkers, seed, ConsoleProgress(out, bar))
     _show(out, report)
     out.document(report.to_dict())

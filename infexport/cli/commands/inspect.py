@@ -30,19 +30,19 @@ def inspect(
     Exit code 1 when its files are not what the manifest recorded, or an engine is not what its sidecar says.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.provenance import provenance_of
-    from infexport.bundle.summary import manifest_lines, summary_lines, warnings_of
+    from infexport.bundle.provenance import check_provenance
+    from infexport.bundle.summary import bundle_warnings, manifest_lines, summary_lines
     from infexport.cli import sections
-    from infexport.evaluation.inspect import graph_of, parts_of, resolutions
+    from infexport.evaluation.inspect import list_parts, read_graph, resolutions
     from infexport.inference.planner import usual_memory
 
     out = Output(as_json)
     opened = open_bundle(bundle, verify=False)
-    for line in warnings_of(opened.manifest):
+    for line in bundle_warnings(opened.manifest):
         out.warning(line)
     limit = usual_memory()  # of which the loaded graph will take some
-    provenance, graph = provenance_of(opened), graph_of(opened, provider, engine)
-    parts, sized = parts_of(opened.manifest.config), resolutions(opened, sizes, limit)
+    provenance, graph = check_provenance(opened), read_graph(opened, provider, engine)
+    parts, sized = list_parts(opened.manifest.config), resolutions(opened, sizes, limit)
     for line in [*summary_lines(opened), *manifest_lines(opened)]:
         out.data(line)
     sections.provenance(out, opened, provenance)

@@ -72,9 +72,9 @@ def triton(
     images that are large. It needs infexport in the Python of the server.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import warnings_of
-    from infexport.integrations.triton.config import Service, tensors_of, to_dict
-    from infexport.integrations.triton.repository import name_of, package
+    from infexport.bundle.summary import bundle_warnings
+    from infexport.integrations.triton.config import Service, list_tensors, to_dict
+    from infexport.integrations.triton.repository import default_name, package
 
     out = Output(as_json)
     given = {option: value for option, value in others.items() if value is not None}
@@ -86,10 +86,10 @@ def triton(
     if on_gpu and device == "cpu":
         raise click.UsageError("--device cpu: engines run on a GPU")
     opened = open_bundle(bundle)
-    for line in warnings_of(opened.manifest):
+    for line in bundle_warnings(opened.manifest):
         out.warning(line)
     service = Service(
-        name or name_of(opened),
+        name or default_name(opened),
         backend,
         device or ("gpu" if on_gpu else "cpu"),
         instances,
@@ -100,7 +100,7 @@ def triton(
     made = package(opened, output, service, force)
     out.data(f"model       {made.path}")
     out.data(f"backend     {backend}, on the {service.device.upper()}, {instances} at once")
-    for kind, text in tensors_of(made.config):
+    for kind, text in list_tensors(made.config):
         out.data(f"{kind:<11} {text}")
     if made.engine is not None:
         out.status(f"the server needs {made.engine.recorded.library}, as it was built with")

@@ -66,23 +66,23 @@ def parity(
 
         check_report(page)
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import warnings_of
+    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.parity.validate import default_sizes, validate
     from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
     from infexport.images.decode import find_images
-    from infexport.inference.runners.factory import Opening
+    from infexport.inference.runners.factory import RunnerFactory
 
     opened = open_bundle(bundle, verify=not no_verify)
     if not opened.verified:
         out.warning("the bundle was modified since it was converted; the verdict is unverified")
-    for line in warnings_of(opened.manifest):
+    for line in bundle_warnings(opened.manifest):
         out.warning(line)
     files = [] if images is None else find_images([images])
     if sizes is None:
         sizes = default_sizes(opened) if images is None else []
     path = checkpoint or recorded_checkpoint(opened)
-    opening = Opening(opened, provider or ("engine" if engine else "cpu"), engine, threads)
+    opening = RunnerFactory(opened, provider or ("engine" if engine else "cpu"), engine, threads)
     with out.progress(len(sizes) + len(files), "comparing") as bar:
         report = validate(opened, path, sizes, files, opening, execution == "stream", layers, ConsoleProgress(out, bar))
     out.table(

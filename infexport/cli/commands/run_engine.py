@@ -107,7 +107,7 @@ def run_engine(
     be decoded whole may have 2^30 pixels; the environment variable INFEXPORT_MAX_PIXELS sets another limit.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import warnings_of
+    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import ConsoleProgress
     from infexport.images.fetch import find
     from infexport.inference.options import InferenceOptions
@@ -160,7 +160,7 @@ def run_engine(
     if output is not None:
         check_output(output)
         check_apart({output: "output"}, files, "choose another --output")
-    warnings = warnings_of(opened.manifest)
+    warnings = bundle_warnings(opened.manifest)
     for line in warnings:
         out.warning(line)
     with ExitStack() as stack:

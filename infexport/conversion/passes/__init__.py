@@ -13,15 +13,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from infexport.conversion.passes.float32_accumulation import sum_in_float32
 from infexport.conversion.passes.half_precision import to_half
-from infexport.conversion.passes.quantization import Inputs, to_int8
+from infexport.conversion.passes.quantization import ActivationStats, to_int8
 from infexport.conversion.passes.token_matmuls import Unrepresentable, weight_key
 
-__all__ = ["Inputs", "Unrepresentable", "lower", "weight_key"]
+__all__ = ["ActivationStats", "Unrepresentable", "lower", "weight_key"]
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
-def lower(model: ir.Model, precision: str, met: Mapping[str, Inputs] | None = None, tensorrt: bool = False) -> None:
+def lower(
+    model: ir.Model, precision: str, met: Mapping[str, ActivationStats] | None = None, tensorrt: bool = False
+) -> None:
     """Lower a graph of a bundle, the whole one or a stage's, in place.
 
     Args:

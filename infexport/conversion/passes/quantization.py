@@ -23,7 +23,7 @@ from infexport.conversion.passes.token_matmuls import Product, array, find_produ
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ActivationStats:
     """What a product has met: the range of all values, and the mean of all tokens `[K]`, float64."""
 
     low: float
@@ -31,7 +31,7 @@ class Inputs:
     mean: NDArray[np.float64]
 
 
-def to_int8(graph: ir.Graph, met: Mapping[str, Inputs] | None = None, signed: bool = False) -> None:
+def to_int8(graph: ir.Graph, met: Mapping[str, ActivationStats] | None = None, signed: bool = False) -> None:
     """Products that meet every token in int8, but for the patch embedding; in place.
 
     Args:
@@ -93,7 +93,7 @@ class _Int8:
         unit = edit.add("Mul", [scale, weight_scale], _float(f"{out.name}_unit", weight_scale.shape))
         edit.replace(product.node, edit.add("Mul", [exact, unit], _float(f"{out.name}_product", out.shape)))
 
-    def fixed(self, product: Product, inputs: Inputs, signed: bool) -> None:
+    def fixed(self, product: Product, inputs: ActivationStats, signed: bool) -> None:
         """As quantize–dequantize pairs, which ONNX Runtime and TensorRT fuse to one integer product."""
         edit, out = self._edit, product.node.outputs[0]
         edit.here = product.node

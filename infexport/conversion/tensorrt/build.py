@@ -28,12 +28,12 @@ from infexport.system.progress import (
     ProgressListener,
     Status,
 )
-from infexport.system.workers import Ended, ask, command_of
+from infexport.system.workers import Ended, ask, worker_command
 
 CHUNK = 8192
 """Tokens at a time where a GPU streams: enough to fill it."""
 
-WORKER = command_of("infexport.conversion.tensorrt.build_worker")
+WORKER = worker_command("infexport.conversion.tensorrt.build_worker")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from infexport.conversion.tensorrt.precision import Lowering
 from infexport.errors import InfexportError
-from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, log_of, write_cache
+from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, library_log, write_cache
 from infexport.system.gpus import Target
 from infexport.system.progress import (
     ItemsDone,
@@ -49,7 +49,7 @@ class Builder:
         self._tf32, self._memory = request["tf32"], request["memory"]
         self._tell = tell
         self.trt = self._backend.load()
-        self._log = log_of(self.trt)
+        self._log = library_log(self.trt)
         self._builder = self.trt.Builder(self._log)
         self._cache = Path(request["caches"]) / (
             f"timing-{self._backend.name}-{self.trt.__version__}-{request['gpu'] or self._target.capability}.cache"
@@ -84,7 +84,7 @@ class Builder:
                 "\n".join(dict.fromkeys(errors + errors_in(self._log.take()))),
                 "convert the checkpoint again with this version of infexport",
             )
-        parsed, layers = self._log.take(), layers_of(network)
+        parsed, layers = self._log.take(), count_layers(network)
         check_types(name, layers)
         config = self._config(network, profile)
         plan = self._builder.build_serialized_network(network, config)
@@ -126,7 +126,7 @@ class Builder:
             write_cache(self._cache, cache)
 
 
-def layers_of(network: Any) -> dict[str, dict[str, int]]:
+def count_layers(network: Any) -> dict[str, dict[str, int]]:
     """Number of layers by kind and type of their first output, as the library names both."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for index in range(network.num_layers):

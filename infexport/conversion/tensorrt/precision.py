@@ -12,7 +12,7 @@ from infexport.system.progress import (
 )
 
 if TYPE_CHECKING:
-    from infexport.conversion.passes import Inputs
+    from infexport.conversion.passes import ActivationStats
 
 
 class Lowering:
@@ -29,7 +29,7 @@ class Lowering:
         self._bundle = open_bundle(Path(bundle))
         self._precision, self._scratch = precision, Path(scratch)
         self._images = [Path(image) for image in images]
-        self._met: dict[str, Inputs] | None = None
+        self._met: dict[str, ActivationStats] | None = None
 
     def calibrate(self, listener: ProgressListener) -> None:
         """Run the images; `listener` is told of every one.

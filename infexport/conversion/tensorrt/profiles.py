@@ -44,7 +44,7 @@ class Profile:
         return {"pixels": ShapeRange(*([batch, 3, *size] for batch, size in pairs))}
 
 
-def profile_of(manifest: Manifest, sizes: list[Side] | None, batches: list[int] | None) -> Profile:
+def make_profile(manifest: Manifest, sizes: list[Side] | None, batches: list[int] | None) -> Profile:
     """The profile that was asked for.
 
     Args:
@@ -106,7 +106,7 @@ class Tensor:
         return math.prod(self.shape(batch, tokens))
 
 
-def tensors_of(manifest: Manifest) -> list[Tensor]:
+def large_tensors(manifest: Manifest) -> list[Tensor]:
     """The large tensors of the whole graph."""
     config = manifest.config
     width, hidden, patch = config.embed_dim, config.mlp_dim, config.patch_size
@@ -133,7 +133,7 @@ def check_whole(manifest: Manifest, profile: Profile, target: Target, weights: i
     patch, batch = manifest.config.patch_size, profile.batches[2]
     height, width = profile.sizes[2]
     tokens = (height // patch) * (width // patch) + 1
-    tensors = tensors_of(manifest)
+    tensors = large_tensors(manifest)
     room = memory or target.memory
     largest = max(tensors, key=lambda tensor: tensor.elements(batch, tokens))
     found = largest.elements(batch, tokens)
@@ -244,8 +244,8 @@ def _fits_chunk(manifest: Manifest, chunk: int, room: int | None, weights: int) 
 def _widest(manifest: Manifest, chunk: int) -> Tensor:
     """Return the largest tensor of all stages."""
     pixels, block, width = STRIP_ROWS * chunk + 1, StageScope.PAIRS.max_rows(chunk), manifest.config.embed_dim
-    tensors = [*tensors_of(manifest)[:2], Tensor("a block's queries", lambda b, n: [b, block, width])]
-    strip = Tensor("a strip's pixels", lambda b, n: tensors_of(manifest)[2].shape(b, pixels))
+    tensors = [*large_tensors(manifest)[:2], Tensor("a block's queries", lambda b, n: [b, block, width])]
+    strip = Tensor("a strip's pixels", lambda b, n: large_tensors(manifest)[2].shape(b, pixels))
     return max([*tensors, strip], key=lambda tensor: tensor.elements(1, chunk))
 
 

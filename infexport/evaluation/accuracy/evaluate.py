@@ -20,9 +20,9 @@ from infexport.evaluation.accuracy.dataset import Classes, Labelled
 from infexport.evaluation.accuracy.metrics import Accuracy, Agreement, Logits, OfClass, accuracy, agreement
 from infexport.evaluation.parity.metrics import NETWORK
 from infexport.inference.options import InferenceOptions
-from infexport.inference.prediction import Failure, Prediction, Row
+from infexport.inference.prediction import Failure, ImageResult, Prediction
 from infexport.inference.predictor import Predictor
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.outputs.files import written
 from infexport.outputs.results import ELSEWHERE
 from infexport.system.progress import (
@@ -221,7 +221,7 @@ def evaluate(
     classes: Classes,
     options: InferenceOptions,
     listener: ProgressListener,
-    network: Opening | None = None,
+    network: RunnerFactory | None = None,
     required: float | None = None,
     network_batch_size: int | None = None,
 ) -> Report:
@@ -274,7 +274,7 @@ def evaluate(
     )
 
 
-def _parted(rows: Sequence[Row]) -> tuple[dict[int, Prediction], list[Failure]]:
+def _parted(rows: Sequence[ImageResult]) -> tuple[dict[int, Prediction], list[Failure]]:
     """Predictions by their place, and failures."""
     answers = {index: row for index, row in enumerate(rows) if isinstance(row, Prediction)}
     return answers, [row for row in rows if isinstance(row, Failure)]

@@ -9,8 +9,8 @@ from typing import Any
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.evaluation.benchmark.result import Measured, OnGpu, Report, Row, limit_of
-from infexport.evaluation.flops import work_of
+from infexport.evaluation.benchmark.result import BenchmarkRow, Measured, OnGpu, Report, speed_limit
+from infexport.evaluation.flops import matmul_cost
 from infexport.images.preprocess import check_whole_patches
 from infexport.system.host import cpu_model, usable_cores
 from infexport.system.progress import (
@@ -18,12 +18,12 @@ from infexport.system.progress import (
     ProgressListener,
     Status,
 )
-from infexport.system.workers import ask, command_of
+from infexport.system.workers import ask, worker_command
 
 DEFAULT_SIDES = (224, 512, 1024, 2048, 4096)
 REPEATS, REPEATS_ON_GPU = 5, 100
 
-WORKER = command_of("infexport.evaluation.benchmark.worker")
+WORKER = worker_command("infexport.evaluation.benchmark.worker")
 
 
 def sizes_for(bundle: Bundle, asked: Sequence[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
@@ -62,7 +62,7 @@ def benchmark(
         batch: images at once.
         repeats: runs that count, at least 1; on a GPU more where they would take less than a second. None for REPEATS,
             on a GPU for REPEATS_ON_GPU.
-        provider, engine, threads: as of `runners.opening.Opening`.
+        provider, engine, threads: as of `runners.opening.RunnerFactory`.
         max_seconds: a size is left out whose batch would take longer, even at the machine's limit; none is where
             there is no limit.
         listener: told of every size.
@@ -83,9 +83,9 @@ def benchmark(
     rows = []
     for height, width in sizes:
         tokens = (height // patch) * (width // patch) + 1
-        work = work_of(manifest.config, manifest.folded, tokens)
-        limit = limit_of(work, batch, precision, found["gemm"], where)
-        row = Row(height, width, tokens, batch, work, limit, "skipped")
+        work = matmul_cost(manifest.config, manifest.folded, tokens)
+        limit = speed_limit(work, batch, precision, found["gemm"], where)
+        row = BenchmarkRow(height, width, tokens, batch, work, limit, "skipped")
         if limit is not None and limit > max_seconds:
             row = replace(row, reason=f"at least {limit:.0f} s a batch, more than --max-seconds {max_seconds:g}")
         else:
@@ -98,7 +98,7 @@ def benchmark(
     return Report(bundle.path, manifest, precision, machine, found["gemm"], tuple(rows))
 
 
-def _measure(row: Row, request: dict[str, Any], precision: str, provider: str) -> Row:
+def _measure(row: BenchmarkRow, request: dict[str, Any], precision: str, provider: str) -> BenchmarkRow:
     started, answered = time.perf_counter(), []
     try:
         answer = ask(WORKER, request, lambda message: answered.append(time.perf_counter() - started))
@@ -109,7 +109,7 @@ def _measure(row: Row, request: dict[str, Any], precision: str, provider: str) -
     on_gpu = OnGpu(**answer["on_gpu"]) if "on_gpu" in answer else None
     # the first thing it says is that it has answered
     measured = Measured(answer["seconds"], answered[0], answer["peak_memory"], answer["gemm"], on_gpu)
-    limit = limit_of(row.work, row.batch, precision, measured.gemm, provider)
+    limit = speed_limit(row.work, row.batch, precision, measured.gemm, provider)
     return replace(row, limit=limit, status="measured", measured=measured)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infexport.evaluation.benchmark.gemm import UNITS
-from infexport.evaluation.benchmark.result import Measured, Report, Row, Spread, limit_of
+from infexport.evaluation.benchmark.result import BenchmarkRow, Measured, Report, Spread, speed_limit
 from infexport.outputs.files import check_writable, drawing_errors, written
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def _scaling(report: Report) -> Figure:
     return figure
 
 
-def _draw_time(axes: Axes, report: Report, rows: Sequence[Row], measured: Sequence[tuple[Row, Measured]]) -> None:
+def _draw_time(
+    axes: Axes, report: Report, rows: Sequence[BenchmarkRow], measured: Sequence[tuple[BenchmarkRow, Measured]]
+) -> None:
     spreads = [Spread.of(m.seconds) for _, m in measured]
     axes.errorbar(
         [row.tokens for row, _ in measured],
@@ -82,7 +84,7 @@ def _draw_time(axes: Axes, report: Report, rows: Sequence[Row], measured: Sequen
     limits = [
         (row, limit)
         for row in rows
-        if (limit := limit_of(row.work, row.batch, report.precision, report.gemm, provider)) is not None
+        if (limit := speed_limit(row.work, row.batch, report.precision, report.gemm, provider)) is not None
     ]
     if limits:
         rates = ", ".join(f"{kind} {rate.p50:.0f} {UNITS[kind]}" for kind, rate in report.rates.items())
@@ -100,7 +102,7 @@ def _draw_time(axes: Axes, report: Report, rows: Sequence[Row], measured: Sequen
     axes.legend(frameon=False, loc="lower right", fontsize=9)
 
 
-def _dress(axes: Axes, rows: Sequence[Row]) -> None:
+def _dress(axes: Axes, rows: Sequence[BenchmarkRow]) -> None:
     """Logarithmic axes in numbers as people write them, the same sizes below every panel."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -113,7 +115,7 @@ def _dress(axes: Axes, rows: Sequence[Row]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     span = rows[-1].tokens / rows[0].tokens
     axes.set_xlim(rows[0].tokens / max(1.3, span**0.08), rows[-1].tokens * max(1.3, span**0.08))
-    labelled: list[Row] = []
+    labelled: list[BenchmarkRow] = []
     for row in rows:
         # labels nearer than this would cover each other
         if not labelled or math.log(row.tokens / labelled[-1].tokens) >= math.log(span) / 8:

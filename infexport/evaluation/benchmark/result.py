@@ -11,7 +11,7 @@ import numpy as np
 
 from infexport.bundle.manifest import Manifest
 from infexport.evaluation.benchmark.gemm import SHAPES, giga_operations, limiting, multiply_adds
-from infexport.evaluation.flops import Work
+from infexport.evaluation.flops import MatmulCost
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Spread:
         return asdict(self)
 
 
-def limit_of(
-    work: Work, batch: int, precision: str, gemm: Mapping[str, Sequence[float]], provider: str = "cpu"
+def speed_limit(
+    work: MatmulCost, batch: int, precision: str, gemm: Mapping[str, Sequence[float]], provider: str = "cpu"
 ) -> float | None:
     """Seconds the matrix products of a batch take at the rate at which the machine ran its own; None where it ran none
     that are like them.
@@ -88,7 +88,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One size: measured, or why it is not.
 
     Attributes:
@@ -106,7 +106,7 @@ class Row:
     width: int
     tokens: int
     batch: int
-    work: Work
+    work: MatmulCost
     limit: float | None
     status: Literal["measured", "skipped", "failed"]
     measured: Measured | None = None
@@ -168,7 +168,7 @@ class Report:
     precision: str
     machine: dict[str, Any]
     probe: dict[str, list[float]]
-    rows: tuple[Row, ...]
+    rows: tuple[BenchmarkRow, ...]
 
     def __bool__(self) -> bool:
         return all(row.status != "failed" for row in self.rows)

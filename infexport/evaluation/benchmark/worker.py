@@ -16,8 +16,8 @@ import numpy as np
 
 from infexport.bundle import Bundle, open_bundle
 from infexport.evaluation.benchmark.gemm import Gemm, limiting
-from infexport.inference.runners import Deployed
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners import ImageRunner
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.system.gpu_meter import Meter
 from infexport.system.host import peak_memory, threads_alive
 from infexport.system.workers import serve
@@ -97,7 +97,7 @@ def measure(request: dict[str, Any], tell: Tell) -> None:
             tell({"gemm": _probed(runner, request["threads"])})
 
 
-def _in_turn(run: Callable[[], float], runner: Deployed, request: dict[str, Any], tell: Tell) -> None:
+def _in_turn(run: Callable[[], float], runner: ImageRunner, request: dict[str, Any], tell: Tell) -> None:
     """On a CPU, whose rate changes with what else it does: runs and matrix products in turn."""
     short = run() < SHORT
     # before the matrix products are loaded: their memory is not the model's
@@ -134,17 +134,17 @@ def _sustained(run: Callable[[], float], meter: Meter, repeats: int, tell: Tell)
     tell({"seconds": seconds, "on_gpu": on_gpu | {"joules": joules, "missing": meter.missing}})
 
 
-def _opening(bundle: Bundle, request: dict[str, Any]) -> Opening:
-    return Opening(bundle, request["provider"], request["engine"], request["threads"])
+def _opening(bundle: Bundle, request: dict[str, Any]) -> RunnerFactory:
+    return RunnerFactory(bundle, request["provider"], request["engine"], request["threads"])
 
 
-def _products(runner: Deployed, threads: int | None) -> dict[str, Gemm]:
+def _products(runner: ImageRunner, threads: int | None) -> dict[str, Gemm]:
     """Those that limit it, by kind."""
     kinds = sorted(set(limiting(runner.precision, runner.provider) or ()))
     return {kind: Gemm(kind, runner.provider, threads) for kind in kinds}
 
 
-def _probed(runner: Deployed, threads: int | None) -> dict[str, list[float]]:
+def _probed(runner: ImageRunner, threads: int | None) -> dict[str, list[float]]:
     """Seconds of a few runs of every product."""
     return {kind: [product.seconds() for _ in range(PROBES)] for kind, product in _products(runner, threads).items()}
 

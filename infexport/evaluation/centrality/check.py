@@ -29,7 +29,7 @@ from infexport.system.progress import (
     ProgressListener,
     Status,
 )
-from infvit.absorbing import ALLOWANCE, Deviation, Kind, chain_of, compare_visits, expected_visits, simulate
+from infvit.absorbing import ALLOWANCE, Deviation, Kind, compare_visits, expected_visits, make_chain, simulate
 from infvit.centrality import linear_scores, principal, row_sums
 from infvit.checkpoint import build_network
 from infvit.network import Layer
@@ -218,7 +218,7 @@ def validate_centrality(
             pixels = fit(read_image(path), patch, "native", preprocessing.transform, "pad").pixels
         except InfexportError as error:
             failed.append((path, error))
-            listener.on_event(ItemsDone(heads_of(bundle, layers)))
+            listener.on_event(ItemsDone(count_heads(bundle, layers)))
         else:
             look(str(path), pixels)
     return Report(
@@ -233,7 +233,7 @@ def validate_centrality(
     )
 
 
-def heads_of(bundle: Bundle, layers: Sequence[int] | None) -> int:
+def count_heads(bundle: Bundle, layers: Sequence[int] | None) -> int:
     """Heads of an image that will be looked at."""
     config = bundle.manifest.config
     return config.num_heads * (config.depth if layers is None else len(set(layers)))
@@ -266,7 +266,7 @@ def _look_at(
     left, right = (principal(*one, side, RESIDUAL, MAX_STEPS) for side in ("left", "right"))
     scores = linear_scores(*one)
     norm = infsa_ops.affinity_squared_norm(*one).sqrt().item() + infsa_ops.EPSILON
-    chain = chain_of(q, k, rho, right.vector.flatten())
+    chain = make_chain(q, k, rho, right.vector.flatten())
     expected = expected_visits(q, k, rho, chain.weights)
     visits = simulate(q, k, rho, chain.weights, walkers, random)
     # visits mapped back, each weighed by 1/h, are column Katz

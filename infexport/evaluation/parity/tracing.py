@@ -20,9 +20,9 @@ from infexport.evaluation.pytorch_reference import TorchRunner
 from infexport.images.preprocess import normalise
 from infexport.images.strips import ArrayRows, Source
 from infexport.inference.runners import Stages
-from infexport.inference.runners.onnxruntime import session_of
+from infexport.inference.runners.onnxruntime import open_memory_session
 from infexport.inference.streaming import stream
-from infexport.inference.streaming.driver import Tokens, stages_of
+from infexport.inference.streaming.driver import Tokens, select_stages
 from infvit.stage_scope import StageScope
 
 
@@ -54,7 +54,7 @@ class GraphTracer:
 
     Args:
         bundle: whose graph it is.
-        provider, threads: as of `runners.ort.session_of`.
+        provider, threads: as of `runners.ort.open_memory_session`.
 
     Raises:
         InfexportError: a graph whose activations have no names, or one that cannot be loaded.
@@ -78,7 +78,7 @@ class GraphTracer:
             )
         self._names = ["logits", "features", *names]
         proto = ir.to_proto(with_outputs(model, self._names))
-        self._session = session_of(proto.SerializeToString(), bundle.path, provider, threads)
+        self._session = open_memory_session(proto.SerializeToString(), bundle.path, provider, threads)
 
     def __call__(self, images: NDArray[np.uint8]) -> Trace:
         manifest = self._bundle.manifest
@@ -131,7 +131,7 @@ class StageTracer:
         return Trace(self._tokens, self._states, features, logits)
 
     def _observe(self, stage: int, tokens: Tokens, sums: Mapping[str, NDArray[Any]]) -> None:
-        here = stages_of(self.bundle.manifest.stages or (), centrality=False)[stage]
+        here = select_stages(self.bundle.manifest.stages or (), centrality=False)[stage]
         if here.over is StageScope.ONCE:
             return  # the image goes on with it
         if "tokens" in here.outputs:

@@ -24,8 +24,8 @@ from infexport.evaluation.recorded_checkpoint import load_recorded
 from infexport.evaluation.synthetic_images import synthetic_batch
 from infexport.images.decode import read_image
 from infexport.images.preprocess import check_whole_patches, fit
-from infexport.inference.runners import Deployed
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners import ImageRunner
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.runners.streamed import StreamRunner
 from infexport.inference.runners.tensorrt import EngineRunner
 from infexport.system.progress import (
@@ -43,7 +43,7 @@ def default_sizes(bundle: Bundle) -> list[tuple[int, int]]:
     return [(size, size), (half, size + patch), (2 * size, 2 * size)]
 
 
-def _logits(runner: Deployed | StreamRunner, batch: NDArray[np.uint8]) -> NDArray[Any]:
+def _logits(runner: ImageRunner | StreamRunner, batch: NDArray[np.uint8]) -> NDArray[Any]:
     """Of a batch; image by image where the runner does not take so many at once."""
     parts = [batch] if runner.takes(batch.shape) else [batch[i : i + 1] for i in range(len(batch))]
     return np.concatenate([runner.run(part)["logits"] for part in parts])
@@ -64,7 +64,7 @@ class Judge:
     """
 
     def __init__(
-        self, bundle: Bundle, checkpoint: Checkpoint, opening: Opening, stream: bool = False, layers: bool = False
+        self, bundle: Bundle, checkpoint: Checkpoint, opening: RunnerFactory, stream: bool = False, layers: bool = False
     ) -> None:
         manifest = bundle.manifest
         mean, std = manifest.preprocessing.mean, manifest.preprocessing.std
@@ -129,7 +129,7 @@ def validate(
     checkpoint_path: Path,
     sizes: list[tuple[int, int]],
     images: list[Path],
-    opening: Opening | None = None,
+    opening: RunnerFactory | None = None,
     stream: bool = False,
     layers: bool = False,
     listener: ProgressListener = SILENT,
@@ -155,7 +155,7 @@ def validate(
     cases: list[Case] = []
     failed: list[tuple[Path, InfexportError]] = []
     checkpoint = load_recorded(checkpoint_path, bundle)
-    with Judge(bundle, checkpoint, opening or Opening(bundle, "cpu"), stream, layers) as judge_:
+    with Judge(bundle, checkpoint, opening or RunnerFactory(bundle, "cpu"), stream, layers) as judge_:
 
         @contextmanager
         def failing(name: Path) -> Iterator[None]:

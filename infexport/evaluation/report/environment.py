@@ -10,7 +10,7 @@ from pathlib import Path
 
 from infexport.bundle import Bundle
 from infexport.bundle.integrity import sha256
-from infexport.bundle.provenance import Checked, provenance_of
+from infexport.bundle.provenance import Checked, check_provenance
 from infexport.evaluation.parity.result import Report
 from infexport.system.gpus import local_gpu
 from infexport.system.host import cpu_model, usable_cores
@@ -35,9 +35,9 @@ class Facts:
     now: dict[str, str]
 
 
-def facts_of(report: Report, bundle: Bundle) -> Facts:
+def collect_facts(report: Report, bundle: Bundle) -> Facts:
     """Of this process, this machine and the files as they are."""
-    found = provenance_of(bundle)
+    found = check_provenance(bundle)
     source = [Checked(f"{each.file} (checkpoint)", each.sha256, each.state) for each in found.source]
     if report.checkpoint.absolute() != Path(bundle.manifest.checkpoint.path):
         source = [Checked(f"{file} (checkpoint)", sha256(file), "not recorded") for file in _weights(report.checkpoint)]

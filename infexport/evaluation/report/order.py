@@ -12,15 +12,15 @@ from infexport.evaluation.parity.result import Case
 
 def worst_first(cases: Sequence[Case]) -> list[Case]:
     """What failed, then the others, each by its error."""
-    return sorted(cases, key=lambda case: (bool(case), -error_of(case)))
+    return sorted(cases, key=lambda case: (bool(case), -case_error(case)))
 
 
-def error_of(case: Case) -> float:
+def case_error(case: Case) -> float:
     """Relative; infinite where it is not a number."""
     return case.bundle.relative if math.isfinite(case.bundle.relative) else math.inf
 
 
-def names_of(cases: Sequence[Case]) -> dict[str, str]:
+def short_names(cases: Sequence[Case]) -> dict[str, str]:
     """A case's name → a shorter one: of files, without the folder that all of them are in."""
     files = [case.file for case in cases if case.file is not None]
     folder = os.path.commonpath([file.parent for file in files]) if files else ""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infexport.bundle import Bundle
-from infexport.bundle.summary import summary_lines, warnings_of
+from infexport.bundle.summary import bundle_warnings, summary_lines
 from infexport.evaluation.parity.layers import MULTIPLE
 from infexport.evaluation.parity.result import Case, Report
 from infexport.evaluation.report import figures
-from infexport.evaluation.report.environment import facts_of
-from infexport.evaluation.report.order import names_of, worst_first
-from infexport.evaluation.report.worst_inputs import examples_of
+from infexport.evaluation.report.environment import collect_facts
+from infexport.evaluation.report.order import short_names, worst_first
+from infexport.evaluation.report.worst_inputs import find_examples
 from infexport.outputs.files import check_writable, drawing_errors, written
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ def page(report: Report, bundle: Bundle, command: str, threads: int | None = Non
         report=report,
         said=said,
         summary=[(line[:12].strip(), line[12:]) for line in summary_lines(bundle)],
-        warnings=warnings_of(bundle.manifest),
+        warnings=bundle_warnings(bundle.manifest),
         rows=said.cases[:ROWS],
-        names=names_of(report.cases),
+        names=short_names(report.cases),
         plots=figures.overall(report) if report.cases else [],
         layered=[(case, figures.layers(case, i)) for i, case in enumerate(said.layered[:LAYERED])],
-        examples=examples_of(report, bundle, threads),
-        facts=facts_of(report, bundle),
+        examples=find_examples(report, bundle, threads),
+        facts=collect_facts(report, bundle),
         command=command,
     )  # fmt: skip
 
@@ -102,7 +102,7 @@ class Said:
             return f"{_capital(self.report.culprit)}."
         if not self.cases:
             return "Nothing could be compared."
-        case, names = self.cases[0], names_of(self.report.cases)
+        case, names = self.cases[0], short_names(self.report.cases)
         found, allowed = case.bundle.relative, self.report.tolerance.relative
         where = f"the largest relative error is {number(found)}, at {names[case.name]}"
         if not math.isfinite(found):

@@ -22,9 +22,9 @@ from infexport.evaluation.synthetic_images import MANY, synthetic_batch
 from infexport.images.decode import Pixels, read_image
 from infexport.images.preprocess import fit
 from infexport.images.strips import ArrayRows, Source
-from infexport.inference.centrality import CENTRALITY, Centrality, of_tokens
+from infexport.inference.centrality import CENTRALITY, Centrality, centrality_from_tokens
 from infexport.inference.prediction import top_k
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.streaming import stream
 from infexport.outputs.heatmaps import overlay
 
@@ -61,7 +61,7 @@ class Example:
     difference: tuple[float, str]
 
 
-def examples_of(report: Report, bundle: Bundle, threads: int | None = None) -> list[Example]:
+def find_examples(report: Report, bundle: Bundle, threads: int | None = None) -> list[Example]:
     """The worst inputs, of each the image that is off most.
 
     Args:
@@ -90,14 +90,14 @@ def _centralities(bundle: Bundle, images: Sequence[Pixels], threads: int | None)
     if CENTRALITY_MODEL not in bundle.manifest.files:
         return ["this bundle does not give centrality"] * len(images)
     patch, found = bundle.manifest.config.patch_size, list[Centrality | str]()
-    opening, whole = Opening(bundle, "cpu", threads=threads, centrality=True), None
+    opening, whole = RunnerFactory(bundle, "cpu", threads=threads, centrality=True), None
     with ExitStack() as stack:
         for pixels in images:
             grid = pixels.shape[0] // patch, pixels.shape[1] // patch
             try:
                 if math.prod(grid) <= MANY:
                     whole = whole or stack.enter_context(opening.runner())
-                    centrality = of_tokens(whole.run(pixels[None])[CENTRALITY][0], grid)
+                    centrality = centrality_from_tokens(whole.run(pixels[None])[CENTRALITY][0], grid)
                 elif bundle.manifest.stages:
                     source = Source(ArrayRows(pixels), patch, "pad")
                     with opening.stages() as stages:

@@ -30,7 +30,7 @@ class Runner(Protocol):
         ...
 
 
-class Deployed(Runner, Protocol):
+class ImageRunner(Runner, Protocol):
     """A runner of what is shipped.
 
     Attributes:
@@ -63,7 +63,7 @@ class Stages(StageRunner, Protocol):
     """What runs stages: a context manager, too.
 
     Attributes:
-        provider, version: as of `Deployed`.
+        provider, version: as of `ImageRunner`.
         identity: what decides an answer to the last bit, besides the bundle.
     """
 

@@ -9,14 +9,14 @@ from infexport.bundle.manifest import CENTRALITY_MODEL
 from infexport.errors import InfexportError
 from infexport.inference.engine_selection import STATES, EngineSet, Kind, choose
 from infexport.inference.options import check_engine
-from infexport.inference.runners import Deployed, Stages
+from infexport.inference.runners import ImageRunner, Stages
 from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages, candidates, import_onnxruntime
 from infexport.inference.runners.tensorrt import EngineRunner, EngineStages
 from infexport.inference.streaming import CHUNK
 from infexport.system.gpus import local_gpu
 
 
-class Opening:
+class RunnerFactory:
     """Opens runners of one bundle.
 
     Args:
@@ -96,7 +96,7 @@ class Opening:
         streaming = self.engines.get("stream")
         return asked or (streaming and streaming.chunk) or CHUNK
 
-    def runner(self, placed: bool = False) -> Deployed:
+    def runner(self, placed: bool = False) -> ImageRunner:
         """Of the whole graph, not entered yet; `placed` as of `OrtRunner`.
 
         Raises:

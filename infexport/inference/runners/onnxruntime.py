@@ -18,7 +18,7 @@ from infexport.bundle.manifest import CENTRALITY_MODEL, Stage
 from infexport.errors import InfexportError
 from infexport.images.preprocess import normalise
 from infexport.inference.runners import Placement
-from infexport.inference.runners.output_checks import check_answer, check_centrality, misfit
+from infexport.inference.runners.output_checks import check_answer, check_centrality, graph_mismatch
 from infexport.system.dependencies import require
 from infexport.system.host import has_int8_products
 from infvit.stage_scope import StageScope
@@ -77,7 +77,7 @@ class OrtRunner:
     @property
     def placement(self) -> Placement:
         """Where the nodes run, once entered."""
-        return placement_of(self._session)
+        return read_placement(self._session)
 
     @property
     def ports(self) -> tuple[list[Port], list[Port]]:
@@ -97,7 +97,7 @@ class OrtRunner:
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         feeds = self._session.get_inputs()
         if len(feeds) != 1:
-            raise misfit(self._graph.name, f"{len(feeds)} inputs, expected one")
+            raise graph_mismatch(self._graph.name, f"{len(feeds)} inputs, expected one")
         value: NDArray[Any] = images
         if self.bundle.manifest.input == "float32":
             value = normalise(images, self.bundle.manifest.preprocessing)
@@ -168,7 +168,7 @@ class OrtStages:
                 f"ONNX Runtime failed in {stage.graph}", str(error), "fewer tokens at a time need less memory"
             ) from error
         if len(outputs) != len(stage.outputs):
-            raise misfit(stage.graph, f"{len(outputs)} outputs, expected {', '.join(stage.outputs)}")
+            raise graph_mismatch(stage.graph, f"{len(outputs)} outputs, expected {', '.join(stage.outputs)}")
         found = dict(zip(stage.outputs, outputs, strict=True))
         if "logits" in found:
             check_answer(Path(stage.graph), found, self.bundle.manifest.config, 1)
@@ -205,7 +205,7 @@ def open_session(graph: Path | bytes, provider: str, threads: int | None, placed
     )
 
 
-def session_of(model: bytes, weights: Path, provider: str = "cpu", threads: int | None = None) -> Any:
+def open_memory_session(model: bytes, weights: Path, provider: str = "cpu", threads: int | None = None) -> Any:
     """A session of a model in memory, whose external data lies in the folder `weights`.
 
     Args:
@@ -292,7 +292,7 @@ def _rtx_devices(onnxruntime: ModuleType) -> list[Any]:
     return found[:1]  # it takes one
 
 
-def placement_of(session: Any) -> Placement:
+def read_placement(session: Any) -> Placement:
     """Where a session's nodes run, as ONNX Runtime has assigned them."""
     found: Placement = {}
     for part in session.get_provider_graph_assignment_info():

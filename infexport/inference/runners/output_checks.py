@@ -31,10 +31,10 @@ def _check_shape(graph: Path, found: Mapping[str, NDArray[Any]], name: str, shap
     value = found.get(name)
     if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != np.float32:
         received = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else "none"
-        raise misfit(graph.name, f"{name}: {received}, expected float32 {list(shape)}")
+        raise graph_mismatch(graph.name, f"{name}: {received}, expected float32 {list(shape)}")
 
 
-def misfit(graph: str, received: str) -> LastingError:
+def graph_mismatch(graph: str, received: str) -> LastingError:
     return LastingError(
         f"{graph} is not the graph that the manifest describes", f"received {received}", "convert the checkpoint again"
     )

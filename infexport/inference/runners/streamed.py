@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from infexport.bundle import Bundle
 from infexport.images.strips import ArrayRows, Source
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.streaming import CHUNK, stream
 
 
 class StreamRunner:
-    """Runs images through the stages, one after the other, as `Deployed` runs them at once.
+    """Runs images through the stages, one after the other, as `ImageRunner` runs them at once.
 
     Attributes:
         stages: what runs the stages, once entered.
         chunk: tokens at a time.
     """
 
-    def __init__(self, bundle: Bundle, opening: Opening) -> None:
+    def __init__(self, bundle: Bundle, opening: RunnerFactory) -> None:
         self._bundle, self.stages = bundle, opening.stages()
         engines = opening.engines.get("stream")
         self.chunk = (engines and engines.chunk) or CHUNK

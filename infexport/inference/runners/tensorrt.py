@@ -20,7 +20,7 @@ from infexport.errors import InfexportError
 from infexport.images.preprocess import normalise
 from infexport.inference.engine_selection import EngineSet, Kind, build_command
 from infexport.inference.runners import Placement
-from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, log_of
+from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, library_log
 from infexport.system.dependencies import require
 from infvit.stage_scope import StageScope
 
@@ -48,7 +48,7 @@ class EngineSession:
         require("polygraphy", extra=record.backend)
         backend = BACKENDS[record.backend]
         trt = backend.load()
-        log = log_of(trt)
+        log = library_log(trt)
         log.take()
         with ExitStack() as stack:
             try:

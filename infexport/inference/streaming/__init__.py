@@ -18,8 +18,8 @@ from infexport.inference.streaming.driver import (
     Progress,
     StageRunner,
     Tokens,
-    layout_of,
-    stages_of,
+    make_layout,
+    select_stages,
 )
 from infexport.inference.streaming.resume import Scratch
 from infexport.inference.streaming.token_store import Stores, Unproven
@@ -66,7 +66,7 @@ def stream(
             left is proven to be what it wrote. None keeps them in memory.
         chunk: tokens at a time.
         half: keep them in float16.
-        progress: told of every chunk; stages are counted as `driver.stages_of` gives them.
+        progress: told of every chunk; stages are counted as `driver.select_stages` gives them.
         centrality: of the tokens, too: for Pure InfSA, as much work again as its attention.
         observe: as of `Driver`, where centrality is not asked for.
 
@@ -74,9 +74,9 @@ def stream(
         InfexportError: no room for the tokens, a damaged image, or a stage that fails.
     """
     assert bundle.manifest.stages is not None, "the caller checks that there are stages"
-    stages = stages_of(bundle.manifest.stages, centrality)
+    stages = select_stages(bundle.manifest.stages, centrality)
     config, folder = bundle.manifest.config, None if scratch is None else scratch.folder
-    layout = layout_of(stages, range(source.tokens), chunk, scratch is not None, centrality)
+    layout = make_layout(stages, range(source.tokens), chunk, scratch is not None, centrality)
 
     def opened(position: Position, left: bool) -> tuple[Tokens, Stores, Maps | None]:
         """The places of all that is kept: made, or those of an interrupted run, proven to be what it left."""

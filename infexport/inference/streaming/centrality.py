@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from infexport.bundle.manifest import Stage
 from infexport.errors import LastingError
-from infexport.inference.centrality import CENTRALITY, Centrality, step_of, summed
+from infexport.inference.centrality import CENTRALITY, Centrality, map_step, summed
 from infexport.inference.streaming.checksums import Tables
 from infexport.inference.streaming.driver import Array, Tokens
 from infexport.inference.streaming.token_store import Unproven, check_left, replace_file, scratch_errors
@@ -43,7 +43,7 @@ class Maps:
     ) -> None:
         self._stages, self._config, self._grid, self._folder = stages, config, grid, folder
         self._checksums = checksums
-        self._step = step_of(grid, config.depth * config.num_heads)
+        self._step = map_step(grid, config.depth * config.num_heads)
         self._layers: dict[int, Array] = {}
 
     def __call__(self, stage: int, tokens: Tokens, sums: Mapping[str, Array]) -> None:

@@ -89,12 +89,12 @@ class Layout:
     generations: list[dict[str, int]]
 
 
-def stages_of(stages: Sequence[Stage], centrality: bool) -> list[Stage]:
+def select_stages(stages: Sequence[Stage], centrality: bool) -> list[Stage]:
     """Those that are run, where the centrality of tokens is asked for or not."""
     return [stage for stage in stages if centrality or not stage.optional]
 
 
-def layout_of(stages: Sequence[Stage], rows: range, chunk: int, resumable: bool, centrality: bool = False) -> Layout:
+def make_layout(stages: Sequence[Stage], rows: range, chunk: int, resumable: bool, centrality: bool = False) -> Layout:
     """What has to be kept of the tokens `rows`."""
     spare: dict[str, int] = {}
     generations: list[dict[str, int]] = []
@@ -247,7 +247,7 @@ class Driver:
             for done, strip in self.source.strips(patches, self.chunk, self.runner.max_rows):
                 values = self.runner.run(stage, strip)
                 if values["tokens"].ndim != 3:
-                    raise _misfit(stage, "tokens", values["tokens"])
+                    raise _graph_mismatch(stage, "tokens", values["tokens"])
                 yield done, self._finish(index, position, 1 + done - values["tokens"].shape[1], values)
         elif stage.over is StageScope.TOKENS:
             if "query" in stage.inputs and "query" not in sums:
@@ -281,18 +281,18 @@ class Driver:
         for name, value in outputs.items():
             if name in BY_TOKEN:
                 if value.ndim != 3 or len(value) != 1 or start < 0 or start + value.shape[1] > self.rows.stop:
-                    raise _misfit(stage, name, value)
+                    raise _graph_mismatch(stage, name, value)
                 self.tokens.write(index, name, start, value[0])
             elif stage.over is not StageScope.CLASS_TOKEN:
                 before = position.added.get(name)
                 if before is not None and before.shape != value.shape:
-                    raise _misfit(stage, name, value)
+                    raise _graph_mismatch(stage, name, value)
                 exact = value.astype(np.float64)
                 position.added[name] = exact if before is None else before + exact
         return outputs
 
 
-def _misfit(stage: Stage, name: str, value: Array) -> LastingError:
+def _graph_mismatch(stage: Stage, name: str, value: Array) -> LastingError:
     """Error of a graph that is not the one its bundle was made with."""
     return LastingError(
         f"{stage.graph} gives {name} in another shape than the run is made for",

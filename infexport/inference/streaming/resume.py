@@ -28,7 +28,7 @@ from infexport.inference.streaming.driver import Position
 from infexport.inference.streaming.token_store import replace_file, scratch_errors
 from infexport.system.host import cpu_model
 from infexport.system.progress import ProgressListener, Status
-from infexport.system.untrusted_files import json_of, read_small
+from infexport.system.untrusted_files import parse_json, read_small
 
 RUN, STATE, LOCK = "run.json", "state.npz", "lock"
 CPUINFO = Path("/proc/cpuinfo")
@@ -298,7 +298,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     try:
         if not stat.S_ISREG(file.lstat().st_mode):
             return None
-        values = json_of(read_small(file))
+        values = parse_json(read_small(file))
     except (FileNotFoundError, NotADirectoryError, ValueError, InfexportError):
         return None
     return values if isinstance(values, dict) else None

@@ -29,7 +29,7 @@ from infexport.inference.streaming.driver import (
     StageRunner,
     Sums,
     Tokens,
-    layout_of,
+    make_layout,
     ranges,
     told,
 )
@@ -44,7 +44,7 @@ RESTARTS = 3
 MEMORY_HINT = "see their machines' memory: more workers have smaller shards each"
 
 
-def rows_of(grid: tuple[int, int], count: int) -> list[range]:
+def split_rows(grid: tuple[int, int], count: int) -> list[range]:
     """Rows of tokens of every shard: whole rows of patches, as many as the next has or one more; the first has the
     class token, too.
 
@@ -74,7 +74,7 @@ class Shard:
         stages: those that are run.
         runner: of these.
         source: the image, of which no more than the range is read.
-        rows: the range, as of `rows_of`.
+        rows: the range, as of `split_rows`.
         chunk, half: as of `infexport.inference.streaming.stream`.
 
     Attributes:
@@ -94,7 +94,7 @@ class Shard:
     ) -> None:
         self._stages, self._runner, self._rows, self._chunk = stages, runner, rows, chunk
         self._stores = Stores(config, runner.precision, half, None, {})
-        self._tokens = Tokens(layout_of(stages, rows, chunk, resumable=False), self._stores)
+        self._tokens = Tokens(make_layout(stages, rows, chunk, resumable=False), self._stores)
         self._driver = Driver(stages, runner, source, self._tokens, chunk)
         self.done = 0
         self.received = 0

@@ -236,7 +236,7 @@ class HalfStore:
         self._store.close()
 
 
-def dtype_of(name: str, precision: str, half: bool) -> type[np.float32] | type[np.float16]:
+def store_dtype(name: str, precision: str, half: bool) -> type[np.float32] | type[np.float16]:
     """Of what is kept: sums over all tokens are always float32.
 
     Args:
@@ -275,14 +275,14 @@ class Stores:
 
     def __call__(self, name: str, rows: int) -> Store:
         """A store of so many rows."""
-        dtype = dtype_of(name, self._precision, self._half)
+        dtype = store_dtype(name, self._precision, self._half)
         width = self._config.num_heads if name == CENTRALITY else self._config.embed_dim
         store: Store
         if self._folder is None:
             store = MemoryStore(rows, width, dtype)
         else:
             store = FileStore(self._folder / name, rows, width, dtype, self._left)
-        if dtype == dtype_of(name, self._precision, half=False):
+        if dtype == store_dtype(name, self._precision, half=False):
             return store
         self._halves.append(HalfStore(store))
         self._halves[-1].squares = self._squares.setdefault(name, self._halves[-1].squares)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.inference.executor import name_of
+from infexport.inference.executor import display_name
 from infexport.inference.options import InferenceOptions
-from infexport.inference.prediction import Row
+from infexport.inference.prediction import ImageResult
 from infexport.inference.predictor import Predictor
 from infexport.integrations.ray import images as many
 from infexport.integrations.ray import shards
-from infexport.integrations.ray.cluster import connected, workers_of
+from infexport.integrations.ray.cluster import connected, plan_workers
 from infexport.system.progress import ProgressListener, Status
 
 
@@ -26,12 +26,12 @@ def scaled(
     options: InferenceOptions,
     images: Sequence[Path | str],
     listener: ProgressListener,
-) -> list[Row]:
+) -> list[ImageResult]:
     """A row for every image, in their order.
 
     Args:
         address: as of `cluster.connected`.
-        count: of workers, as of `cluster.workers_of`.
+        count: of workers, as of `cluster.plan_workers`.
         shard_image: all workers run each image together; otherwise each runs images of its own.
         bundle: opened here; the workers open it at the same path.
         options: of the run; `memory` and `threads` are of each worker.
@@ -52,7 +52,7 @@ def scaled(
             "run this on a node of the cluster, with --ray auto, or by: ray job submit",
         )
     with connected(address) as ray:
-        workers = workers_of(ray, count, options.threads, shard_image)
+        workers = plan_workers(ray, count, options.threads, shard_image)
         listener.on_event(Status(f"{workers.count} Ray workers of {workers.threads} cores each"))
         free, needed = ray.available_resources().get("CPU", 0), workers.count * workers.threads
         if free < needed:
@@ -64,4 +64,4 @@ def scaled(
         else:
             predictor = Predictor.of(bundle, options)
             rows = many.predict(ray, workers, predictor, named, options.batch_size, listener)
-    return [replace(row, file=name_of(images, index)) for index, row in enumerate(rows)]
+    return [replace(row, file=display_name(images, index)) for index, row in enumerate(rows)]

@@ -231,7 +231,7 @@ def last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def workers_of(ray: ModuleType, count: int | None, threads: int | None, by_node: bool) -> Workers:
+def plan_workers(ray: ModuleType, count: int | None, threads: int | None, by_node: bool) -> Workers:
     """The workers of a cluster, each of which has a place on one of its nodes.
 
     Args:

@@ -13,9 +13,9 @@ import numpy as np
 
 from infexport.errors import InfexportError
 from infexport.images.fetch import is_url
-from infexport.inference.executor import name_of
-from infexport.inference.prediction import Failure, Row
-from infexport.inference.predictor import Predictor, columns_of, rows_of
+from infexport.inference.executor import display_name
+from infexport.inference.prediction import Failure, ImageResult
+from infexport.inference.predictor import Predictor, rows_from_columns, to_columns
 from infexport.integrations.ray.cluster import Workers, last_line
 from infexport.system.progress import (
     ItemsDone,
@@ -79,7 +79,7 @@ class Worker:
         names = [os.fsdecode(name) for name in batch["file"]]
         fatal, labels, widths = False, None, (1, 1)
         lost = ray.get(self._attempts.begin.remote(int(batch[PLACE][0]))) > RETRIES + 1
-        rows: list[Row] = [Failure(name, InfexportError("given up")) for name in names]
+        rows: list[ImageResult] = [Failure(name, InfexportError("given up")) for name in names]
         try:
             rows = rows if lost else self._predictor.predict(names, self._heard)
             bundle = self._predictor.bundle
@@ -91,7 +91,7 @@ class Worker:
                 raise
             text = scrubbed(f"{type(error).__name__}: {' '.join(str(error).split())}", *filter(is_url, names))
             rows = [Failure(names[0], InfexportError("a worker failed", text, "run this image without --ray"))]
-        columns = columns_of(rows, labels, *widths)
+        columns = to_columns(rows, labels, *widths)
         heard = "\n".join("\t".join(told) for told in self._heard.ran)
         count = len(rows)
         states = {FATAL: np.full(count, fatal), LOST: np.full(count, lost), RAN: np.array([heard] * count, np.str_)}
@@ -105,7 +105,7 @@ def predict(
     images: Sequence[Path | str],
     batch_size: int,
     listener: ProgressListener,
-) -> list[Row]:
+) -> list[ImageResult]:
     """A row for every image, in their order, as of `Predictor.predict`; an image whose worker dies each time is a
     failure.
 
@@ -121,7 +121,7 @@ def predict(
         InfexportError: a worker cannot run the bundle at all.
     """
     size = part_size(len(images), workers.count, batch_size)
-    found: dict[int, Row] = {}
+    found: dict[int, ImageResult] = {}
     # then those of parts whose worker died each time, one by one: one of them may be what it died of
     for each in (size, 1):
         missing = [index for index in range(len(images)) if index not in found]
@@ -136,11 +136,11 @@ def predict(
             raise InfexportError("the workers cannot go on", scrubbed(last_line(error), *urls), hint) from error
     for index in set(range(len(images))) - found.keys():
         died = InfexportError(
-            f"its worker died each time: {name_of(images, index)}",
+            f"its worker died each time: {display_name(images, index)}",
             f"tried {RETRIES + 1} times by itself",
             "it may need more memory than there is: fewer --workers have more each",
         )
-        found[index] = Failure(name_of(images, index), died)
+        found[index] = Failure(display_name(images, index), died)
         listener.on_event(ItemsDone(1))
     return [found[index] for index in range(len(images))]
 
@@ -158,7 +158,7 @@ def _done(
     images: Sequence[Path | str],
     parts: Sequence[Sequence[int]],
     listener: ProgressListener,
-) -> Iterator[dict[int, Row]]:
+) -> Iterator[dict[int, ImageResult]]:
     """The rows of every part, by their image's index; not those of parts whose worker died each time."""
     import pyarrow as pa
     import ray.data as data
@@ -187,7 +187,7 @@ def _done(
     )
     told: set[str] = set()
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
-        rows = rows_of(batch)
+        rows = rows_from_columns(batch)
         if batch[LOST].any():
             continue
         if batch[FATAL].any():

@@ -12,17 +12,17 @@ import numpy as np
 
 from infexport.bundle import Bundle, open_bundle
 from infexport.errors import InfexportError
-from infexport.images.fetch import at_hand, named
+from infexport.images.fetch import local_copy, named
 from infexport.images.strips import Source
 from infexport.inference import memory
-from infexport.inference.executor import name_of, not_finite, source_of
+from infexport.inference.executor import display_name, not_finite, open_source
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import no_stages, size_text
-from infexport.inference.prediction import Failure, Prediction, Row
+from infexport.inference.prediction import Failure, ImageResult, Prediction
 from infexport.inference.runners import Stages
-from infexport.inference.runners.factory import Opening
-from infexport.inference.streaming.driver import stages_of
-from infexport.inference.streaming.sharding import MEMORY_HINT, Lost, Shard, Sharded, rows_of
+from infexport.inference.runners.factory import RunnerFactory
+from infexport.inference.streaming.driver import select_stages
+from infexport.inference.streaming.sharding import MEMORY_HINT, Lost, Shard, Sharded, split_rows
 from infexport.integrations.ray.cluster import Workers, last_line
 from infexport.system.progress import (
     ItemsDone,
@@ -70,7 +70,7 @@ class Worker:
             InfexportError: they cannot be opened here.
         """
         options = self._options
-        opening = Opening(self._opened, options.provider, options.engine, options.threads)
+        opening = RunnerFactory(self._opened, options.provider, options.engine, options.threads)
         self._stages = self._sessions.enter_context(opening.stages())
         self._chunk = opening.chunk(options.chunk)
         return self._stages.provider, self._stages.precision, opening.notes, self._chunk
@@ -97,7 +97,7 @@ class Worker:
                 f"it needs about {size_text(needed)}",
                 "use more --workers, on more machines, or --tokens float16",
             )
-        stages = stages_of(bundle.manifest.stages or (), centrality=False)
+        stages = select_stages(bundle.manifest.stages or (), centrality=False)
         self._shard = Shard(bundle.manifest.config, stages, self._stages, source, rows, chunk, options.half)
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -130,10 +130,10 @@ class Worker:
         held, file = self._file
         if held != image:
             self.leave()
-            file = self._image.enter_context(at_hand(image))
+            file = self._image.enter_context(local_copy(image))
             self._file = image, file
         with named(image, file):
-            return source_of(file, self._opened, self._options)
+            return open_source(file, self._opened, self._options)
 
     @property
     def _opened(self) -> Bundle:
@@ -277,7 +277,7 @@ def predict(
     options: InferenceOptions,
     images: Sequence[Path | str],
     listener: ProgressListener,
-) -> list[Row]:
+) -> list[ImageResult]:
     """A row for every image, in their order: each is run by all workers together.
 
     Args:
@@ -293,7 +293,7 @@ def predict(
     """
     if bundle.manifest.stages is None:
         raise no_stages()
-    rows: list[Row] = []
+    rows: list[ImageResult] = []
     with closing(RayTeam(ray, workers, bundle, options)) as team:
         try:
             provider, precision, notes, chunk = team.open(listener)
@@ -303,7 +303,7 @@ def predict(
             listener.on_event(Status(note))
         listener.on_event(SessionOpened(provider, precision))
         for index, image in enumerate(images):
-            name = name_of(images, index)
+            name = display_name(images, index)
             try:
                 rows.append(_predict(team, bundle, options, chunk, image, name, listener))
             except InfexportError as error:
@@ -324,8 +324,8 @@ def _predict(
     listener: ProgressListener,
 ) -> Prediction:
     grid, padded_share = team.look(image)
-    team.take(image, rows_of(grid, team.count))
-    stages = stages_of(bundle.manifest.stages or (), centrality=False)
+    team.take(image, split_rows(grid, team.count))
+    stages = select_stages(bundle.manifest.stages or (), centrality=False)
     sharded = Sharded(
         stages,
         team,

@@ -53,7 +53,7 @@ class Service:
     max_pixels: int = 2**26
 
 
-def config_of(bundle: Bundle, service: Service, best: Sequence[int] | None = None) -> Any:
+def make_config(bundle: Bundle, service: Service, best: Sequence[int] | None = None) -> Any:
     """Triton's message, `ModelConfig`.
 
     Args:
@@ -222,7 +222,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return MessageToDict(config, preserving_proto_field_name=True)
 
 
-def tensors_of(config: Any) -> list[tuple[str, str]]:
+def list_tensors(config: Any) -> list[tuple[str, str]]:
     """`input` or `output`, and what it is, of every tensor of Triton's message."""
     from tritonclient.grpc.model_config_pb2 import DataType
 

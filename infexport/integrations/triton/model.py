@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils  # Triton's own, there where it r
 from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
-from infexport.inference.prediction import Failure, Row
+from infexport.inference.prediction import Failure, ImageResult
 from infexport.inference.predictor import Predictor
 
 CONSUMED = b"used_dltensor"
@@ -84,7 +84,7 @@ class TritonPythonModel:
             return pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG)
         return np.from_dlpack(tensor)
 
-    def _rows(self, images: Sequence[NDArray[np.uint8]]) -> list[Row]:
+    def _rows(self, images: Sequence[NDArray[np.uint8]]) -> list[ImageResult]:
         """As of `Predictor.predict`; an error that is no image's is every image's."""
         try:
             return self._predictor.predict(images)
@@ -96,7 +96,7 @@ class TritonPythonModel:
         return [Failure("", told)] * len(images)
 
 
-def _response(rows: Sequence[Row]) -> Any:
+def _response(rows: Sequence[ImageResult]) -> Any:
     """Of one request: `logits [B, classes]` and `features [B, E]`, or the error of the first image that has one."""
     for row in rows:
         if isinstance(row, Failure):

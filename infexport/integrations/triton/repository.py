@@ -13,9 +13,9 @@ from infexport.bundle import ENGINES, Bundle, open_bundle
 from infexport.bundle.engine_record import Engine
 from infexport.bundle.manifest import FILE, MODEL, check_outside_bundles
 from infexport.errors import InfexportError
-from infexport.inference.engine_selection import EngineSet, sets_of
+from infexport.inference.engine_selection import EngineSet, find_engine_sets
 from infexport.inference.runners.onnxruntime import OrtRunner, Port
-from infexport.integrations.triton.config import CONFIG, LABELS, Service, check_config, config_of, write_config
+from infexport.integrations.triton.config import CONFIG, LABELS, Service, check_config, make_config, write_config
 from infexport.system.atomic_files import create_folder
 from infexport.system.dependencies import require
 from infexport.system.untrusted_files import listed
@@ -40,7 +40,7 @@ class Packaged:
     engine: Engine | None = None
 
 
-def name_of(bundle: Bundle) -> str:
+def default_name(bundle: Bundle) -> str:
     """A name for Triton: the folder's, of letters that do in a URL."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.path.resolve().name).strip("-.") or "model"
 
@@ -84,7 +84,7 @@ def package(bundle: Bundle, repository: Path, service: Service, force: bool = Fa
             (folder / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         profile = None if engine is None else engine.recorded.profile
         best = None if profile is None else next(iter(profile.values())).opt
-        write_config(config_of(bundle, service, best), folder / CONFIG)
+        write_config(make_config(bundle, service, best), folder / CONFIG)
         config = check_config(folder / CONFIG, service.name, inputs, outputs, profile)
     return Packaged(path, config, engine)
 
@@ -113,7 +113,7 @@ def _engines(bundle: Bundle, name: str | None, backend: str | None = None) -> En
 
     They are for the GPU of the server, which need not be this machine's.
     """
-    sets = sets_of(bundle, "whole")
+    sets = find_engine_sets(bundle, "whole")
     found = [each for each in sets if name in (None, each.name) and backend in (None, each.backend)]
     if len(found) == 1:
         return found[0]
@@ -155,7 +155,7 @@ def _fill_python(bundle: Bundle, service: Service, version: Path) -> Filled:
     if service.engine is not None:
         engines = _engines(bundle, service.engine)
         # those that stream have the same name, and are served where there are any
-        streaming = [each for each in sets_of(bundle, "stream") if each.name == engines.name]
+        streaming = [each for each in find_engine_sets(bundle, "stream") if each.name == engines.name]
         for each in (engines, *streaming):
             for engine in each.engines.values():
                 files += [f"{ENGINES}/{engine.file}", f"{ENGINES}/{engine.file}.json"]

@@ -74,11 +74,11 @@ def _check_archive(archive: zipfile.ZipFile, file: IO[bytes]) -> None:
     size = os.fstat(file.fileno()).st_size
     if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its archive unpacks to more bytes than it has")
-    if archive.comment or _directories_of(file, size) != {archive.start_dir}:
+    if archive.comment or _count_directories(file, size) != {archive.start_dir}:
         raise ValueError("its archive's directory is not where it says, or something lies before or behind it")
 
 
-def _directories_of(file: IO[bytes], size: int) -> set[int]:
+def _count_directories(file: IO[bytes], size: int) -> set[int]:
     """Where an archive's last records say that its directory begins (APPNOTE.TXT 4.3.14 to 4.3.16)."""
     file.seek(max(0, size - 42))
     last = file.read(42)

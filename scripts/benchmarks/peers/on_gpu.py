@@ -20,7 +20,7 @@ from infexport.bundle import open_bundle
 from infexport.errors import InfexportError
 from infexport.evaluation.benchmark import gemm
 from infexport.evaluation.benchmark.result import Spread
-from infexport.inference.runners.factory import Opening
+from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.runners.onnxruntime import PROVIDERS, import_onnxruntime, with_options
 from infvit.fold import fold
 from peers.contenders import Contender
@@ -56,7 +56,7 @@ def runner_of(contender: Contender, folder: Path, threads: int | None, images: A
     if contender.how in ("bundle", "engine"):
         bundle = open_bundle(folder / contender.name)
         provider = "cuda" if contender.how == "bundle" else "engine"
-        runner = Opening(bundle, provider, threads=None if provider == "engine" else threads).runner().__enter__()
+        runner = RunnerFactory(bundle, provider, threads=None if provider == "engine" else threads).runner().__enter__()
         return lambda: runner.run(images)["logits"]
     if contender.how == "ort":
         pixels = ((images / 255 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)

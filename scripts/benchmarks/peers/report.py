@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from infexport.evaluation.benchmark import gemm
-from infexport.evaluation.benchmark.result import Spread, limit_of
-from infexport.evaluation.flops import work_of
+from infexport.evaluation.benchmark.result import Spread, speed_limit
+from infexport.evaluation.flops import matmul_cost
 from peers.ask import Entry
 from peers.contenders import OURS, OURS_ON_GPU
 from peers.networks import CONFIGS
@@ -32,8 +32,8 @@ def limit(entry: Entry, entries: Sequence[Entry], side: int, batch: int, device:
     if contender.family == "gemm" or contender.how == "engine":
         return None
     config = CONFIGS[contender.family]
-    work = work_of(config, contender.folded, (side // config.patch_size) ** 2 + 1)
-    return limit_of(work, batch, contender.precision, products, device)
+    work = matmul_cost(config, contender.folded, (side // config.patch_size) ** 2 + 1)
+    return speed_limit(work, batch, contender.precision, products, device)
 
 
 def row_of(entry: Entry, entries: Sequence[Entry], side: int, batch: int, device: str = "cpu") -> dict[str, Any]:

@@ -17,8 +17,8 @@ from infexport.evaluation.synthetic_images import synthetic_image
 from infexport.images.strips import ArrayRows, Source
 from infexport.inference.runners.onnxruntime import OrtStages
 from infexport.inference.streaming import stream
-from infexport.inference.streaming.driver import stages_of
-from infexport.inference.streaming.sharding import Lost, Shard, Sharded, exchanged_bytes, rows_of
+from infexport.inference.streaming.driver import select_stages
+from infexport.inference.streaming.sharding import Lost, Shard, Sharded, exchanged_bytes, split_rows
 
 
 class Here:
@@ -82,7 +82,7 @@ class Bundle:
     def __init__(self, path, image, chunk=40):
         self.bundle, self.chunk = open_bundle(path), chunk
         self.source = Source(ArrayRows(image), self.bundle.manifest.config.patch_size, "pad")
-        self.stages = stages_of(self.bundle.manifest.stages, centrality=False)
+        self.stages = select_stages(self.bundle.manifest.stages, centrality=False)
 
     def __enter__(self):
         self.runner = OrtStages(self.bundle, "cpu", threads=1).__enter__()
@@ -96,7 +96,7 @@ class Bundle:
         config = self.bundle.manifest.config
         self.team = Here(
             lambda rows: Shard(config, self.stages, self.runner, self.source, rows, self.chunk),
-            rows_of(self.source.grid, count), seed, losses,
+            split_rows(self.source.grid, count), seed, losses,
         )  # fmt: skip
         self.messages = []
         self.sharded = Sharded(self.stages, self.team, self.chunk, status=self.messages.append)
@@ -169,7 +169,7 @@ def test_keys_and_values_are_exchanged_once_a_layer(golden_bundle):
 
 @given(height=st.integers(1, 50), width=st.integers(1, 50), data=st.data())
 def test_rows(height, width, data):
-    rows = rows_of((height, width), data.draw(st.integers(1, height)))
+    rows = split_rows((height, width), data.draw(st.integers(1, height)))
     assert [row for part in rows for row in part] == list(range(height * width + 1))
     patches = [len(part) - (part.start == 0) for part in rows]
     assert all(count % width == 0 for count in patches)
@@ -178,4 +178,4 @@ def test_rows(height, width, data):
 
 def test_more_shards_than_rows_of_patches():
     with pytest.raises(InfexportError, match="8 shards of an image with 7 rows of patches"):
-        rows_of((7, 100), 8)
+        split_rows((7, 100), 8)

@@ -182,15 +182,15 @@ SHAPES = [
 )  # fmt: skip
 def test_chunking_changes_nothing(shape, height, width, chunk, seed):
     from infexport.inference.streaming.centrality import Maps
-    from infexport.inference.streaming.driver import Driver, Tokens, layout_of, stages_of
+    from infexport.inference.streaming.driver import Driver, Tokens, make_layout, select_stages
     from infexport.inference.streaming.token_store import MemoryStore
 
     network, folded = folded_network(seed, **shape)
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     runner, source = TorchStages(folded), Source(ArrayRows(image), 8, "pad")
     for centrality in (False, True):
-        stages = stages_of(runner.stages, centrality)
-        layout = layout_of(stages, range(source.tokens), chunk, bool(seed % 2), centrality)
+        stages = select_stages(runner.stages, centrality)
+        layout = make_layout(stages, range(source.tokens), chunk, bool(seed % 2), centrality)
         heads = {"centrality": network.config.num_heads}
         tokens = Tokens(layout, lambda name, rows, heads=heads: MemoryStore(rows, heads.get(name, 16), np.float32))
         maps = Maps(stages, network.config, source.grid, None, {})
@@ -225,12 +225,12 @@ def centrality_of(network, pixels):
 
 
 def test_spare_rows_are_never_more_than_rows():
-    from infexport.inference.streaming.driver import layout_of
+    from infexport.inference.streaming.driver import make_layout
 
     stages = TorchStages(fold(InfViT(CONFIG))).stages
-    assert layout_of(stages, range(100), 100_000, resumable=True).spare == {"tokens": 100}
-    assert layout_of(stages, range(100_000), 100, resumable=True).spare == {"tokens": 1600}
-    assert layout_of(stages, range(100_000), 100, resumable=False).spare == {"tokens": 0}
+    assert make_layout(stages, range(100), 100_000, resumable=True).spare == {"tokens": 100}
+    assert make_layout(stages, range(100_000), 100, resumable=True).spare == {"tokens": 1600}
+    assert make_layout(stages, range(100_000), 100, resumable=False).spare == {"tokens": 0}
 
 
 def test_a_network_that_is_not_folded_has_no_sweeps():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infexport.errors import InfexportError
-from infexport.inference.streaming.token_store import FileStore, HalfStore, MemoryStore, Ring, Unproven, dtype_of
+from infexport.inference.streaming.token_store import FileStore, HalfStore, MemoryStore, Ring, Unproven, store_dtype
 
 
 def rows(count, width=3, seed=0):
@@ -82,10 +82,10 @@ def test_half_precision_says_what_it_costs():
 
 
 def test_sums_over_all_tokens_stay_float32():
-    assert dtype_of("mixed", "fp16", half=True) == np.float32
-    assert dtype_of("tokens", "fp16", half=False) == np.float32
-    assert dtype_of("q", "fp16", half=False) == np.float16
-    assert dtype_of("tokens", "fp32", half=True) == np.float16
+    assert store_dtype("mixed", "fp16", half=True) == np.float32
+    assert store_dtype("tokens", "fp16", half=False) == np.float32
+    assert store_dtype("q", "fp16", half=False) == np.float16
+    assert store_dtype("tokens", "fp32", half=True) == np.float16
 
 
 @settings(max_examples=200, deadline=None)

@@ -19,7 +19,7 @@ from support import ZOO
 
 from infexport.errors import InfexportError
 from infexport.integrations.ray import cluster
-from infexport.integrations.ray.cluster import workers_of
+from infexport.integrations.ray.cluster import plan_workers
 
 pytestmark = pytest.mark.ray
 LISTENING = "0A"
@@ -119,7 +119,7 @@ def node(cores, gpus=0, memory=2**30):
     ],
 )
 def test_workers(nodes, count, threads, by_node, expected):
-    found = workers_of(Nodes(*nodes), count, threads, by_node)
+    found = plan_workers(Nodes(*nodes), count, threads, by_node)
     assert (found.count, found.threads, found.gpus, found.memory) == expected
 
 
@@ -129,7 +129,7 @@ def test_workers(nodes, count, threads, by_node, expected):
 )
 def test_workers_that_have_no_place(nodes, count, threads, told):
     with pytest.raises(InfexportError, match=f"no place for {count} workers") as caught:
-        workers_of(Nodes(*nodes), count, threads, by_node=False)
+        plan_workers(Nodes(*nodes), count, threads, by_node=False)
     assert caught.value.details == f"the cluster has {told}"
 
 
@@ -142,7 +142,7 @@ def test_ray_that_was_imported_before(tmp_path):
 
 def test_a_cluster_without_cores():
     with pytest.raises(InfexportError, match="no CPUs"):
-        workers_of(Nodes(), None, None, by_node=False)
+        plan_workers(Nodes(), None, None, by_node=False)
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch):

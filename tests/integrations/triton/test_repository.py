@@ -246,11 +246,11 @@ def test_nothing_is_left_of_what_disagrees(infexport, digits, tmp_path, monkeypa
     from infexport.integrations.triton import repository
 
     def wrong(*arguments):
-        config = config_of(*arguments)
+        config = make_config(*arguments)
         config.output[0].dims[0] = 11
         return config
 
-    config_of = repository.config_of
+    make_config = repository.make_config
     monkeypatch.setattr(repository, "config_of", wrong)
     told = infexport("package", "triton", digits, "-o", tmp_path / "r", exit_code=2).stderr
     assert "output logits: ('TYPE_FP32', [11]), the graph has ('TYPE_FP32', [10])" in told

@@ -18,7 +18,7 @@ from infexport.bundle import Bundle, open_bundle, seal
 from infexport.bundle.integrity import sealed
 from infexport.bundle.manifest import FILE, read_manifest
 from infexport.cli import cli
-from infexport.system.untrusted_files import json_of
+from infexport.system.untrusted_files import parse_json
 
 ROOT = Path(__file__).parents[3]
 ZOO, GOLDEN = ROOT / "models" / "zoo", ROOT / "tests" / "golden"
@@ -111,7 +111,7 @@ def seal_again(folder: Path, **fields: Any) -> None:
 def sealed_again(text: bytes) -> bytes:
     """JSON that was changed, with the hashes of itself that it has now, where it is still an object."""
     try:
-        values = json_of(text)
+        values = parse_json(text)
         return sealed(values) if isinstance(values, dict) else text
     except ValueError:
         return text
