@@ -4,15 +4,55 @@ import json
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
+
+import pytest
+
+import infexport
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_wheel_runs_a_bundle_without_torch(golden_bundle, golden_images, tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("infexport-*.whl")
+def build(source, output, *kinds):
+    command = [sys.executable, "-m", "build", *kinds, "--no-isolation", "--outdir", output, source]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    build(ROOT, folder)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+def test_metadata_is_complete(distributions):
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *distributions], check=True)
+    with zipfile.ZipFile(distributions[1]) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    assert {f"{package}/py.typed" for package in ("infexport", "infvit", "infsa_ops")} <= names
+    assert "infexport-0.1.0.dist-info/licenses/LICENSE" in names
+    for line in ("License-Expression: Apache-2.0", "Author: infexport contributors", "Classifier: Typing :: Typed"):
+        assert f"\n{line}\n" in metadata
+
+
+def test_the_sdist_builds_the_same_wheel(distributions, tmp_path):
+    build(ROOT, tmp_path, "--wheel")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.read_bytes() == distributions[1].read_bytes()
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {infexport.__version__}\n" in text
+    assert "arXiv:2603.00175" in text
+
+
+def test_the_wheel_runs_a_bundle_without_torch(distributions, golden_bundle, golden_images, tmp_path):
+    _, wheel = distributions
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu]"], check=True)
