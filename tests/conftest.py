@@ -28,6 +28,30 @@ settings.register_profile("untimed", deadline=None)  # other work may go on besi
 settings.load_profile("untimed")
 
 
+SLOW_FOLDERS = {"end_to_end", "robustness"}
+SLOW_FIXTURES = {"bundle_of", "made_once", "ray"}
+SLOW_MARKERS = ("slow", "ray", "serving")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="Leave out tests that convert a checkpoint, start a server or take seconds."
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        slow = [item for item in items if _is_slow(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    marked = any(item.get_closest_marker(name) for name in SLOW_MARKERS)
+    return marked or bool(fixtures & SLOW_FIXTURES) or bool(SLOW_FOLDERS & set(item.path.parts))
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: Python need not search it for garbage again and again."""
     gc.freeze()

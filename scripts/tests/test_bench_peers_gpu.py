@@ -16,6 +16,8 @@ from support import TINY, relative_error
 
 from infexport.evaluation.benchmark import gemm
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from infexport.cli import cli
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "build_on_a100"
 MODEL = ("model.safetensors", "--variant", "linear_infsa", "--num-heads", "16")

@@ -241,6 +241,7 @@ def test_of_two_at_once_the_second_is_refused(bundle):
     assert sorted(item.name for item in bundle.parent.iterdir()) == ["b", "made"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_killed_convert_leaves_nothing(number, code, tmp_path):
     command = [sys.executable, "-m", "infexport", *map(str, CONVERT), "-o", str(tmp_path / "b")]

@@ -278,6 +278,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", gemm.SHAPES)
 def test_the_shipped_products_are_these(kind, tmp_path):
     file = Path(gemm.__file__).with_name(f"{kind}.onnx")

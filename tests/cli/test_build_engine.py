@@ -125,6 +125,7 @@ def test_a_sum_in_half_precision_is_refused():
         assert next(iter(wrong)) in refused.value.details
 
 
+@pytest.mark.slow
 def test_the_paper_s_smallest_through_the_installed_command(tmp_path):
     """53.5M parameters: checkpoint to bundle to engine for 224² to 2048², by the console script and by `python -m`."""
     torch.manual_seed(0)

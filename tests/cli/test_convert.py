@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import GOLDEN
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = GOLDEN / "torchvision_linear.safetensors"
 COMPLETE = ("--variant", "linear_infsa", "--num-heads", "4")
 QUICK = (*COMPLETE, "--no-fold")

@@ -24,6 +24,8 @@ from infexport.system import gpus as targets
 from infexport.system.dependencies import MODULES, installed_version, parse, wanted
 from infexport.system.gpus import Gpu
 
+pytestmark = pytest.mark.slow
+
 H100 = Gpu("NVIDIA H100", 81559 * 2**20, "580.65.06", "9.0")
 
 

@@ -57,6 +57,7 @@ def test_streamed_or_whole_the_answer_is_the_same(infexport, bundle, photograph,
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.slow
 def test_other_sizes_and_a_bundle_of_normalised_pixels(infexport, photograph, tmp_path):
     checkpoint, config = GOLDEN / "reference_linear.safetensors", GOLDEN / "reference_linear.json"
     options = ("--config", config, "--input", "float32", "--precision", "int8")

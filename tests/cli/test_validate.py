@@ -93,6 +93,7 @@ def test_another_checkpoint_is_judged(infexport, golden_bundle, tmp_path):
     assert "of another network" in infexport(*arguments, pure, exit_code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_recorded_checkpoint_must_be_what_it_was(infexport, tmp_path):
     checkpoint = tmp_path / "model.safetensors"
     shutil.copy(GOLDEN / "reference_linear.safetensors", checkpoint)

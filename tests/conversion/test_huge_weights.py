@@ -78,6 +78,7 @@ def test_int8_weights_never_wrap(weight):
     assert (np.abs(quantized.astype(int)) <= 127).all()
 
 
+@pytest.mark.slow
 def test_the_command_line_names_the_network_s_weight(infexport, tmp_path):
     weights = load_file(GOLDEN / "reference_linear.safetensors")
     weights["encoder.layers.1.ff.0.weight"][3, 5] = 1e5

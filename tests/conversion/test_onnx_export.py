@@ -20,6 +20,8 @@ import infsa_ops
 from infexport.conversion.onnx_export import OPSET
 from infexport.errors import InfexportError
 
+pytestmark = pytest.mark.slow
+
 OPERATORS = {"LinearInfSAStateUpdate", "NeumannKernel"}
 
 

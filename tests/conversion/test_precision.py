@@ -641,6 +641,7 @@ def test_massive_activations(variant, precision, limit, convert):
 # What is said
 
 
+@pytest.mark.slow
 def test_options_that_do_not_fit(infexport, tmp_path):
     convert = ("convert", "checkpoint", ZOO / "digits-linear", "-o", tmp_path / "b")
     wrong = infexport(*convert, "--calibrate", tmp_path, exit_code=2)

@@ -16,6 +16,8 @@ from infexport.evaluation.parity.metrics import compare, tolerance_for
 from infexport.evaluation.parity.tracing import Trace
 from infvit.network import InfViT
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 200
 U = 2.0**-24
 

@@ -56,6 +56,7 @@ def test_reference_in_float64(case, relative_error):
     assert relative_error(pure.neumann_kernel(q, k, v, rho), expected["pure_infsa.out_f64"]) <= 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_operators(case, operators, relative_error):
     tokens, expected = golden(case)

@@ -28,6 +28,8 @@ from infsa_ops.affinity_product import reference as block
 from infsa_ops.neumann_kernel import reference
 from infsa_ops.triton import affinity_launch
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton")
 
 QUERIES, KEYS = 32, 16

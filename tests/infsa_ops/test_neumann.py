@@ -129,6 +129,7 @@ def test_terms_for_refuses(rho, tolerance):
 # Tiles and memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", [1, 4])
 @pytest.mark.parametrize("tokens", [TILE - 1, TILE, TILE + 1, 2 * TILE - 1, 2 * TILE + 1])
 def test_tile_boundaries(tokens, terms, random_tokens, onnx_bodies, relative_error):
@@ -166,6 +167,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("program", [MEMORY_OF_TORCH_OP, MEMORY_OF_ONNX_BODY], ids=["torch op", "ONNX body"])
 def test_all_pairs_never_exist_at_once(program, exported, tmp_path):

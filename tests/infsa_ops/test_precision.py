@@ -36,6 +36,7 @@ def case(random_tokens):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", RHO)
 @pytest.mark.parametrize("terms", [1, 4])
 @pytest.mark.parametrize(

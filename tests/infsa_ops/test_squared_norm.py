@@ -33,6 +33,7 @@ def session() -> onnxruntime.InferenceSession:
 SIZES = [(1, 1), (2, 5), (197, 197), (TILE, 3), (TILE + 1, 785), (4097, 4097)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "keys"), SIZES)
 def test_float32_is_accurate(queries, keys, session, random_tokens):
     q = random_tokens(1, 2, queries, 64, torch.float32)[0]

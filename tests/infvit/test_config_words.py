@@ -176,6 +176,7 @@ def test_a_softmax_checkpoint_is_given_an_attention_and_labels_their_names(load)
     assert len(load("timm", named, labels=[f"class {index}" for index in range(10)]).overridden) == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_says_and_records_both(infexport, tmp_path):
     save_file(load_file(GOLDEN / "reference_linear.safetensors"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "mean": [0.1] * 3, "wheels": 4}))

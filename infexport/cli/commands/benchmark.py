@@ -13,7 +13,6 @@ from infexport.cli.providers import engine_option, provider_option
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
-    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.benchmark.result import BenchmarkRow, Report
 
 ON_GPU = ("J/image", "GPU MB")
@@ -60,6 +59,7 @@ def benchmark(
     """
     from infexport.bundle import open_bundle
     from infexport.bundle.summary import bundle_warnings
+    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.benchmark.benchmark import benchmark, sizes_for
     from infexport.inference.runners.onnxruntime import remarks
 

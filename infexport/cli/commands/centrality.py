@@ -13,7 +13,6 @@ from infexport.cli.options import Numbers, Sizes
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
-    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.centrality.check import HeadReport, Report
 
 _WALK = ("visits", "expected", "off")
@@ -54,6 +53,7 @@ def centrality(
     require("torch", "safetensors", extra="export")
     from infexport.bundle import open_bundle
     from infexport.bundle.summary import bundle_warnings
+    from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.centrality.check import count_heads, validate_centrality
     from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
     from infexport.images.decode import find_images
