@@ -12,7 +12,7 @@ from typing import Any
 
 from infexport.bundle.integrity import is_sealed, sealed
 from infexport.errors import InfexportError
-from infexport.images.preprocess import Preprocessing
+from infexport.images.transform import Preprocessing
 from infexport.system.untrusted_files import is_plain_name, parse_json, read_small
 from infvit.config import InfViTConfig
 from infvit.stage_scope import StageScope
@@ -147,8 +147,7 @@ class Manifest:
         """Return the manifest of fields that `_CHECKS` accepts.
 
         Raises:
-            ValueError: a config that contradicts itself.
-            TypeError: a record with fields that it has not.
+            ValueError: a record that contradicts itself or has unknown fields; names it.
         """
         records = {
             "config": InfViTConfig,
@@ -157,9 +156,12 @@ class Manifest:
             "neumann": NeumannSeries,
             "calibration": Calibration,
         }
-        made: dict[str, Any] = {
-            name: kind(**values[name]) for name, kind in records.items() if values[name] is not None
-        }
+        made: dict[str, Any] = {}
+        for name, kind in records.items():
+            try:
+                made[name] = None if values[name] is None else kind(**values[name])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name}: {error}") from error
         if values["stages"] is not None:
             made["stages"] = [Stage(**stage | {"over": StageScope(stage["over"])}) for stage in values["stages"]]
         return cls(**dict(values) | made)
@@ -211,7 +213,7 @@ def load_manifest(file: Path) -> tuple[Manifest, bool]:
     if not wrong:
         try:
             return Manifest.from_dict(values), intact
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             wrong = [str(error)]
     raise InfexportError(
         f"the manifest is not as infexport wrote it: {file}",

@@ -17,7 +17,8 @@ from infexport.conversion.passes.graph_editor import Editor
 from infexport.conversion.passes.token_matmuls import find_products
 from infexport.errors import InfexportError
 from infexport.images.decode import read_image
-from infexport.images.preprocess import Preprocessing, fit, normalise
+from infexport.images.preprocess import fit, normalise
+from infexport.images.transform import Preprocessing
 from infexport.inference.runners.onnxruntime import open_memory_session
 from infexport.system.progress import (
     ItemsDone,

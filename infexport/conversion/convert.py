@@ -40,7 +40,7 @@ from infexport.conversion.passes import ActivationStats, Unrepresentable, lower
 from infexport.conversion.stages import export_stages
 from infexport.conversion.weights import SharedWeightsWriter
 from infexport.errors import InfexportError
-from infexport.images.preprocess import Preprocessing
+from infexport.images.transform import Preprocessing
 from infexport.inference.centrality import CENTRALITY
 from infexport.system.progress import (
     SILENT,

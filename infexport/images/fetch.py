@@ -18,7 +18,7 @@ from infexport.images.decode import SUFFIXES, Pixels, expand_folders, find_image
 from infexport.system.dependencies import require
 from infexport.system.urls import scrubbed, segments, shown
 
-__all__ = ["Item", "local_copy", "find", "find_urls", "is_url", "named", "shown"]
+__all__ = ["Item", "find", "find_urls", "is_url", "local_copy", "named", "shown"]
 
 Item = Path | str | Pixels | Image.Image
 """An image: a file, its URL, uint8 RGB `[H, W, 3]`, or one that Pillow has opened or made."""

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from infexport.errors import InfexportError
 from infexport.images.decode import DRAWN_BY, Pixels, is_drawn
 from infexport.images.fetch import local_copy
-from infexport.images.preprocess import EvalTransform, window
+from infexport.images.preprocess import window
 from infexport.images.strips import open_rows
+from infexport.images.transform import EvalTransform
 from infexport.inference.centrality import Centrality
 from infexport.inference.options import Detail, Size
 from infexport.outputs.files import check_apart, check_folder, drawing_errors, written

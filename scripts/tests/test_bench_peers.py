@@ -110,7 +110,7 @@ def test_the_report(peers, tmp_path):
     assert eager["times_ours"] == {"linear-fp32": 3, "linear-int8": 12}
     # 48 E² at torch's own rate, 28 E² at ONNX Runtime's
     product = 4096 * 1024 * 4096
-    work = matmul_cost(peers.networks.CONFIGS["linear"].to_dict(), False, 4097).dense
+    work = matmul_cost(peers.networks.CONFIGS["linear"], False, 4097).dense
     assert eager["share_of_limit"] == pytest.approx(work * 0.4 / product / 6)
     assert ours["share_of_limit"] == pytest.approx(work * 28 / 48 * 0.2 / product / 2)
     assert int8["limit"] == pytest.approx(ours["limit"] / 4)

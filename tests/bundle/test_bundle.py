@@ -46,6 +46,7 @@ def edit(bundle, **changes):
 NONSENSE = [
     {"config": {}}, {"config__patch_size": "8"}, {"config__patch_size": 0}, {"config__image_size": 10**12},
     {"config__qkv_bias": "yes"}, {"config__norm_eps": "small"}, {"config__variant": 3}, {"files": []}, {"files": {}},
+    {"preprocessing__more": 1}, {"config__more": 1}, {"config__num_heads": 7}, {"neumann": {"terms": 1, "more": 2}},
     {"checkpoint": {}}, {"preprocessing": {}}, {"preprocessing__mean": "abc"}, {"preprocessing__std": [0, 0, 0]},
     {"versions": 3}, {"format": "1"}, {"unheard_of": 1}, {"neumann": {}},
     {"neumann": {"terms": 3, "a": 1.0, "b": 1.0}}, {"input": "float8"},

@@ -51,7 +51,7 @@ def test_running_a_bundle_imports_no_torch(golden_bundle, golden_images):
     arguments = ["infexport", "run-engine", str(golden_bundle("reference_linear")), str(folder)]
     code = f"import sys; sys.argv = {arguments!r}; from infexport.__main__ import main\n"
     code += "try: main()\nexcept SystemExit as end: assert not end.code\n"
-    code += "print([m for m in ('torch', 'onnx', 'onnxscript', 'infvit', 'infsa_ops') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'onnx', 'onnxscript', 'infvit.network', 'infsa_ops') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -16,7 +16,7 @@ from support import ZOO, relative_error
 
 from infexport.bundle.integrity import sealed
 from infexport.evaluation.synthetic_images import synthetic_image
-from infexport.images.preprocess import EvalTransform
+from infexport.images.transform import EvalTransform
 from infexport.inference import centrality
 from infexport.inference.centrality import Centrality
 from infexport.outputs import heatmaps

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import infexport
+from infexport.bundle.engine_record import ShapeRange
 from infexport.cli import cli
 from infexport.cli.options import Bytes, Numbers, Sizes
 from infexport.conversion.tensorrt.build_worker import Builder
@@ -209,9 +210,9 @@ def test_an_engine_that_is_to_be_built_takes_what_was_given(shapes, name, stages
     given_shape = [shapes[0], 8 * shapes[1], 8 * shapes[2], 3]
     if name == "pixels":
         low, best, high, given_shape = ([s[0], 3, s[1], s[2]] for s in (low, best, high, given_shape))
-    facts = {"file": "a.engine", "chunk": None, "precision": "fp32", "profile": {name: [low, best, high]}}
+    record = SimpleNamespace(chunk=None, precision="fp32", profile={name: ShapeRange(low, best, high)})
     session = EngineSession.__new__(EngineSession)
-    session._bundle, session._facts, session._stages = Path("b"), facts, stages
+    session._bundle, session._file, session._record, session._stages = Path("b"), "a.engine", record, stages
     if hint := hint_of(session._check, {name: np.broadcast_to(np.uint8(0), given_shape)}):
         whole, _, stream = hint.partition("; or for images of any size: ")
         assert stream.endswith("--execution stream") == stages
@@ -219,14 +220,15 @@ def test_an_engine_that_is_to_be_built_takes_what_was_given(shapes, name, stages
         manifest = SimpleNamespace(config=SimpleNamespace(image_size=64, patch_size=8))
         profile = make_profile(manifest, found["--sizes"], found["--batch"])
         takes = "uint8" if name == "image" else "float32"
-        session._facts = facts | {"profile": profile.shapes(takes)}
+        record.profile = profile.shapes(takes)
         session._check({name: np.broadcast_to(np.uint8(0), given_shape)})
 
 
 def test_a_stage_is_given_the_tokens_that_its_engine_takes():
-    facts = {"file": "a", "chunk": 32, "precision": "fp32", "profile": {"tokens": [[1, 1, 8], [1, 32, 8], [1, 32, 8]]}}
+    shapes = ShapeRange([1, 1, 8], [1, 32, 8], [1, 32, 8])
+    record = SimpleNamespace(chunk=32, precision="fp32", profile={"tokens": shapes})
     session = EngineSession.__new__(EngineSession)
-    session._bundle, session._facts, session._stages = Path("b"), facts, True
+    session._bundle, session._file, session._record, session._stages = Path("b"), "a", record, True
     with pytest.raises(InfexportError) as refused:
         session._check({"tokens": np.zeros((1, 33, 8))})
     session._check({"tokens": np.zeros((1, applied(refused.value.hint)["--chunk"], 8))})

@@ -5,13 +5,16 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import GOLDEN
 
 from infexport.bundle import open_bundle
+from infexport.bundle.engine_record import ShapeRange
 from infexport.bundle.integrity import sealed, sha256
+from infexport.bundle.provenance import check_provenance
 from infexport.cli.sections import _takes
 from infexport.evaluation import inspect
 from infexport.inference.options import InferenceOptions
@@ -203,7 +206,7 @@ def test_a_checkpoint_that_may_not_be_read(infexport, bundle, monkeypatch):
 
     opened = open_bundle(bundle)
     monkeypatch.setattr("infexport.bundle.bundle.sha256", denied)
-    assert inspect.check_provenance(opened).checkpoint == "unreadable"
+    assert check_provenance(opened).checkpoint == "unreadable"
 
 
 def test_a_file_that_was_changed_is_named_and_not_loaded(infexport, bundle):
@@ -245,10 +248,11 @@ def test_engines(infexport, bundle, engine):
 
 
 def test_what_an_engine_takes():
-    shapes = [[1, 3, 8, 8], [1, 3, 32, 40], [4, 3, 64, 64]]
-    whole = {"graph": {"model.onnx": ""}, "chunk": None, "profile": {"pixels": shapes}}
+    shapes = ShapeRange([1, 3, 8, 8], [1, 3, 32, 40], [4, 3, 64, 64])
+    whole = SimpleNamespace(graph={"model.onnx": ""}, chunk=None, profile={"pixels": shapes})
     assert _takes(whole) == "whole: 8x8 / 32x40 / 64x64, batch 1 / 1 / 4"
-    stage = {"graph": {"stream-02-score.onnx": ""}, "chunk": 8192, "profile": {"tokens": shapes, "mass": shapes}}
+    profile = {"tokens": shapes, "mass": shapes}
+    stage = SimpleNamespace(graph={"stream-02-score.onnx": ""}, chunk=8192, profile=profile)
     assert _takes(stage) == "stream: 8192 tokens at a time"
 
 
@@ -276,7 +280,7 @@ def test_it_needs_no_torch(golden_bundle):
     arguments = ["infexport", "inspect", str(golden_bundle("reference_linear"))]
     code = f"import sys; sys.argv = {arguments!r}; from infexport.__main__ import main\n"
     code += "try: main()\nexcept SystemExit as end: assert not end.code\n"
-    code += "print([m for m in ('torch', 'onnxscript', 'infvit', 'infsa_ops') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'onnxscript', 'infvit.network', 'infsa_ops') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -16,7 +16,7 @@ from infexport.evaluation.synthetic_images import synthetic_image
 PEAK = """
 import sys
 from infexport.__main__ import main
-from infexport.machine import peak_memory
+from infexport.system.host import peak_memory
 try:
     main()
 finally:

@@ -237,16 +237,16 @@ def test_a_full_disk_in_the_end_loses_no_answer(suffix, infexport, bundle, tmp_p
 
 
 def test_a_full_disk_while_centrality_is_written(infexport, bundle, tmp_path, monkeypatch):
-    from infexport.inference import prediction
+    from infexport.outputs import results
 
-    write = prediction._write_array
+    write = results._write_array
 
     def full(archive, name, values):
         if name == "centrality_1":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(archive, name, values)
 
-    monkeypatch.setattr(prediction, "_write_array", full)
+    monkeypatch.setattr(results, "_write_array", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     out = tmp_path / "out.npz"

@@ -73,9 +73,9 @@ def test_torch_counts_the_same(folded):
     chosen = fold(network) if folded else network  # before torch counts: by hooks, beside which nothing is folded
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         chosen.encoder(torch.randn(1, tokens, 256))
-    expected = matmul_cost(dataclasses.asdict(config), folded, tokens)
+    expected = matmul_cost(config, folded, tokens)
     assert counter.get_total_flops() / 2 == pytest.approx(expected.dense, rel=0.02)
     assert expected.dense <= counter.get_total_flops() / 2
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.patch_embed(torch.randn(1, 3, 40, 24))
-    assert counter.get_total_flops() / 2 == embedding_cost(dataclasses.asdict(config), tokens=5 * 3 + 1)
+    assert counter.get_total_flops() / 2 == embedding_cost(config, tokens=5 * 3 + 1)

@@ -122,7 +122,7 @@ NOBODY = """
 import os, sys
 from pathlib import Path
 from infexport.errors import InfexportError
-from infexport.images import find_images
+from infexport.images.decode import find_images
 os.setgid(65534); os.setuid(65534)
 try:
     print(find_images([Path(sys.argv[1])]))

@@ -15,8 +15,9 @@ from PIL import Image
 from infexport.errors import InfexportError
 from infexport.evaluation.synthetic_images import synthetic_image
 from infexport.images.decode import read_image
-from infexport.images.preprocess import EvalTransform, fit
+from infexport.images.preprocess import fit
 from infexport.images.strips import ArrayRows, SlideRows, Source, VipsRows, open_rows
+from infexport.images.transform import EvalTransform
 
 
 def read(rows, step=7):

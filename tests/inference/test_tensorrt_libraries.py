@@ -55,7 +55,7 @@ def test_no_such_target(name):
 
 def smi(monkeypatch, stdout, code=0):
     monkeypatch.setattr(gpus.shutil, "which", lambda program: "nvidia-smi")
-    monkeypatch.setattr(gpus, "output_of", lambda command, limit: (code, stdout, ""))
+    monkeypatch.setattr(gpus, "run_program", lambda command, limit: (code, stdout, ""))
 
 
 def test_the_local_gpu(monkeypatch):
@@ -74,7 +74,7 @@ def test_the_gpu_that_cuda_sees(monkeypatch):
         asked.append(command)
         return 0, "NVIDIA GB10, [N/A], 580.1, 12.1\n", ""
 
-    monkeypatch.setattr(gpus, "output_of", run_program)
+    monkeypatch.setattr(gpus, "run_program", run_program)
     gpu = local_gpu()
     assert "--id=GPU-1234" in asked[0]
     assert (gpu.memory, gpu.capability) == (None, "12.1")

@@ -25,7 +25,7 @@ from infexport.inference.streaming import stream
 from infvit.centrality import katz, linear_scores
 from infvit.fold import fold
 from infvit.network import InfViT
-from infvit.stages import sweeps
+from infvit.stages import make_stages
 
 ZOO_MODELS = ["digits-linear", "digits-pure"]
 
@@ -166,7 +166,7 @@ def test_layers_have_their_own_weights(infexport, tmp_path):
     assert relative_error(streamed(bundle, image, 5).logits, truth[0]) <= 5e-6
 
 
-# The sweeps themselves, in torch: any shape of network, no ONNX
+# The stages themselves, in torch: any shape of network, no ONNX
 
 SHAPES = [
     {}, {"depth": 1}, {"qkv_bias": False}, {"attention_dense": True, "pooler": True}, {"rho_per_head": True},
@@ -235,4 +235,4 @@ def test_spare_rows_are_never_more_than_rows():
 
 def test_a_network_that_is_not_folded_has_no_sweeps():
     with pytest.raises(ValueError, match="folded"):
-        sweeps(InfViT(CONFIG), torch.nn.Identity())
+        make_stages(InfViT(CONFIG), torch.nn.Identity())
