@@ -14,6 +14,7 @@ from support import relative_error
 from infexport.bundle import open_bundle
 from infexport.inference.predictor import Predictor
 
+
 @pytest.fixture(scope="module")
 def early(tmp_path_factory):
     folder = tmp_path_factory.mktemp("early")

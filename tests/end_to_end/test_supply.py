@@ -92,17 +92,38 @@ def test_scripts_parse(name):
     assert (ROOT / "scripts" / name).stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_of_documents_lead_somewhere(name):
+    file = ROOT / name
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", file.read_text()):
+        assert (file.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md"])
 def test_what_documents_mention_is_there(name):
     text = (ROOT / name).read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+    for module in re.findall(
+        r"`((?:system|images|bundle|inference|outputs|conversion|evaluation|cli)(?:\.\w+)+)`", text
+    ):
+        place = (ROOT / "infexport").joinpath(*module.split("."))
+        parents = (place, place.parent)  # a module, or a name in one
+        assert any(each.is_dir() or each.with_suffix(".py").is_file() for each in parents), module
     for path in re.findall(r"`((?:scripts|tests|infexport|models|custom_ops|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`([\w-]+\.(?:toml|txt|md))`", text):
         assert (ROOT / path).exists(), path
     for command in re.findall(r"`infexport ([a-z-]+)", text):
-        assert (ROOT / "infexport" / "cli" / f"{command.replace('-', '_')}.py").exists() or command == "--help", command
+        assert (
+            ROOT / "infexport" / "cli" / "commands" / f"{command.replace('-', '_')}.py"
+        ).exists() or command == "--help", command
     assert "TODO" not in text
 
 
@@ -120,10 +141,10 @@ def test_limits_in_the_security_page_are_the_code_s():
 def test_words_of_contributing_are_in_the_code():
     for name, file in {
         "LAYOUTS": "models/infvit/checkpoint/layouts/__init__.py",
-        "open_rows": "infexport/stream/source.py",
-        "BACKENDS": "infexport/backends.py",
-        "PROVIDERS": "infexport/runners/ort.py",
-        "MODULES": "infexport/requirements.py",
+        "open_rows": "infexport/images/strips.py",
+        "BACKENDS": "infexport/inference/tensorrt_libraries.py",
+        "PROVIDERS": "infexport/inference/runners/onnxruntime.py",
+        "MODULES": "infexport/system/dependencies.py",
     }.items():
         assert f"`{name}`" in CONTRIBUTING
         assert name in (ROOT / file).read_text()
