@@ -1,4 +1,4 @@
-"""The artefact on disk: what is in it, whether it is intact, and where it came from."""
+"""Bundles on disk: contents, integrity and provenance."""
 
 from infexport.bundle.bundle import ENGINES, Bundle, create_bundle, open_bundle, seal
 from infexport.bundle.integrity import sha256

@@ -1,4 +1,4 @@
-"""The command line: every command parses, calls a stage and displays."""
+"""Commands that parse options, call the other packages and display the result."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A checkpoint → ONNX graphs → a bundle → TensorRT engines."""
+"""Convert a checkpoint to ONNX graphs, a bundle and TensorRT engines."""

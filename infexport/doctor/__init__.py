@@ -1,4 +1,4 @@
-"""What this machine can do, and what is missing. Whatever is broken here is a line of the answer and not its end."""
+"""Check what this machine can run and what is missing; a broken part is a line of the report and does not end it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Is a bundle right, and how fast is it: parity, accuracy, centrality, benchmark, report."""
+"""Correctness and speed of a bundle: parity, accuracy, centrality, benchmark and report."""

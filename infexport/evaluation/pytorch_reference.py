@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from infexport.conversion.image_model import ImageModel
 from infexport.errors import InfexportError
-from infexport.inference.runners import Placement
+from infexport.inference.runners import ImageRunner
 from infvit.checkpoint import Checkpoint, build_network
 
 
-class TorchRunner:
-    """Runs a checkpoint's network on the CPU, and says of itself what a `ImageRunner` does.
+class TorchRunner(ImageRunner):
+    """Runs a checkpoint's network on the CPU.
 
     Args:
         checkpoint: as `infvit.checkpoint.load_checkpoint` returns it.
@@ -42,21 +41,11 @@ class TorchRunner:
         self.version = f"torch {torch.__version__}, {threads} thread{'s' if threads > 1 else ''}"
         self._model: ImageModel | None = None
 
-    @property
-    def placement(self) -> Placement:
-        return {}
-
-    def takes(self, shape: Sequence[int]) -> bool:
-        return True
-
-    def __enter__(self) -> Self:
+    def _open(self) -> None:
         network = build_network(self.checkpoint).to(self.dtype)
         self._model = ImageModel(network, self.mean, self.std).eval()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _close(self) -> None:
         self._model = None
 
     @property
@@ -65,8 +54,8 @@ class TorchRunner:
         assert self._model is not None, "enter the runner before running it"
         return self._model
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        logits, features = self._forward(images)
+    def _infer(self, value: NDArray[Any], shape: Sequence[int]) -> dict[str, NDArray[Any]]:
+        logits, features = self._forward(value)
         return {"logits": logits.numpy(), "features": features.numpy()}
 
     def observe(self, images: NDArray[np.uint8]) -> tuple[Tensor, ...]:

@@ -1,1 +1,1 @@
-"""Pixels in: find, fetch, decode and prepare images, whole or in strips."""
+"""Find, fetch, decode and prepare images, whole or in strips."""

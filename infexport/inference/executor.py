@@ -26,7 +26,7 @@ from infexport.inference.centrality import CENTRALITY, centrality_from_tokens
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import ExecutionMode, Image, choose, usual_memory
 from infexport.inference.prediction import Answered, Failure, ImageResult, Prediction
-from infexport.inference.runners import ImageRunner, Stages, spread
+from infexport.inference.runners import ImageRunner, StageRunner, spread
 from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.streaming import CHUNK, stream
 from infexport.inference.streaming.resume import Identity, Scratch
@@ -71,7 +71,7 @@ class Run:
         self._calls, self._closing = 0, False
         self._sessions = ExitStack()
         self._runner: ImageRunner | None = None
-        self._stages: Stages | None = None
+        self._stages: StageRunner | None = None
         self._on_gpu: bool | None = None
         self._noted = False
 
@@ -124,7 +124,7 @@ class Run:
                 listener.on_event(Status(f"{split}; infexport inspect --provider {self.options.provider} shows which"))
         return runner
 
-    def stages(self, listener: ProgressListener) -> Stages:
+    def stages(self, listener: ProgressListener) -> StageRunner:
         """The runner of the stages, to be used by who holds `streaming`."""
         with self._lock:
             first = self._stages is None
@@ -293,7 +293,7 @@ class _Call:
         return None
 
     def _streamed(
-        self, index: int, image: Path | Pixels, source: Source, way: ExecutionMode, stages: Stages
+        self, index: int, image: Path | Pixels, source: Source, way: ExecutionMode, stages: StageRunner
     ) -> Prediction:
         options, listener = self._options, self._listener
         name, item = display_name(self._images, index), self._images[index]
@@ -325,7 +325,7 @@ class _Call:
             found.centrality,
         )
 
-    def _identity(self, key: Path | str | Pixels, image: Path | Pixels, rows: Rows, stages: Stages) -> Identity:
+    def _identity(self, key: Path | str | Pixels, image: Path | Pixels, rows: Rows, stages: StageRunner) -> Identity:
         """What decides an image's answer to the last bit."""
         options, manifest = self._options, self._bundle.manifest
         facts = {

@@ -1,1 +1,1 @@
-"""Other systems that run bundles: Ray and Triton Inference Server."""
+"""Bundles in other systems: Ray and Triton Inference Server."""

@@ -1,1 +1,1 @@
-"""Files that people take home: results and heat maps."""
+"""Files that a run writes for its user: results and heat maps."""

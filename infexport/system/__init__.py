@@ -1,1 +1,1 @@
-"""Processes, files and the machine: knows nothing of models."""
+"""Processes, files and the machine, independent of models."""

@@ -80,6 +80,14 @@ class InfViTConfig:
         """Patches along a side of a trained image."""
         return self.image_size // self.patch_size
 
+    def tokens(self, height: int, width: int) -> int:
+        """Return N, the tokens of an image: its patches and the class token.
+
+        Args:
+            height, width: of the image in pixels; multiples of `patch_size`.
+        """
+        return height * width // self.patch_size**2 + 1
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -19,7 +19,7 @@ from infexport.errors import InfexportError
 from infexport.evaluation.pytorch_reference import TorchRunner
 from infexport.images.preprocess import normalise
 from infexport.images.strips import ArrayRows, Source
-from infexport.inference.runners import Stages
+from infexport.inference.runners import StageRunner
 from infexport.inference.runners.onnxruntime import open_memory_session
 from infexport.inference.streaming import stream
 from infexport.inference.streaming.driver import Tokens, select_stages
@@ -108,7 +108,7 @@ class StageTracer:
     """Traces the stages of a bundle, whatever runs them, one image at a time."""
 
     bundle: Bundle
-    runner: Stages
+    runner: StageRunner
     chunk: int
     _tokens: list[Tensor] = field(default_factory=list)
     _states: list[dict[str, Tensor]] = field(default_factory=list)

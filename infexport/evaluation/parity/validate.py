@@ -43,7 +43,7 @@ def default_sizes(bundle: Bundle) -> list[tuple[int, int]]:
     return [(size, size), (half, size + patch), (2 * size, 2 * size)]
 
 
-def _logits(runner: ImageRunner | StreamRunner, batch: NDArray[np.uint8]) -> NDArray[Any]:
+def _logits(runner: ImageRunner, batch: NDArray[np.uint8]) -> NDArray[Any]:
     """Of a batch; image by image where the runner does not take so many at once."""
     parts = [batch] if runner.takes(batch.shape) else [batch[i : i + 1] for i in range(len(batch))]
     return np.concatenate([runner.run(part)["logits"] for part in parts])

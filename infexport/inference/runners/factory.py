@@ -1,4 +1,4 @@
-"""What runs a bundle, by what was asked for: engines on a GPU, or ONNX Runtime."""
+"""Choose what runs a bundle: engines on a GPU, or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infexport.bundle.manifest import CENTRALITY_MODEL
 from infexport.errors import InfexportError
 from infexport.inference.engine_selection import STATES, EngineSet, Kind, choose
 from infexport.inference.options import check_engine
-from infexport.inference.runners import ImageRunner, Stages
+from infexport.inference.runners.base import ImageRunner, StageRunner
 from infexport.inference.runners.onnxruntime import OrtRunner, OrtStages, candidates, import_onnxruntime
 from infexport.inference.runners.tensorrt import EngineRunner, EngineStages
 from infexport.inference.streaming import CHUNK
@@ -21,14 +21,14 @@ class RunnerFactory:
 
     Args:
         bundle: what to run.
-        provider: `engine`, or as of `runners.ort.OrtRunner`. `auto` takes the engines that fit this machine's GPU, if
-            that is one set of them, else, and for what these do not take, ONNX Runtime on a GPU, or on the CPU.
+        provider: `engine`, or a provider of `OrtRunner`. `auto` takes the engines that fit this machine's GPU, if they
+            are one set. Otherwise, and for images outside their profiles, it takes ONNX Runtime on a GPU or the CPU.
         engine: name of a set of engines, `<target>-<precision>`; None for the one that fits.
         threads: of ONNX Runtime.
-        centrality: of tokens is asked for. The engines of stages give it; of the whole graph ONNX Runtime does.
+        centrality: tokens' centrality is asked for. Engines of stages give it; for the whole graph ONNX Runtime does.
 
     Attributes:
-        notes: what a user would like to know of the choice, once `engines` is known.
+        notes: remarks for the user on the choice, complete once `engines` has been read.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RunnerFactory:
 
     @cached_property
     def engines(self) -> dict[Kind, EngineSet]:
-        """The engines that are used, by what they run; none where ONNX Runtime does all.
+        """Engines in use, by what they run; empty where ONNX Runtime runs everything.
 
         Raises:
             InfexportError: engines were asked for, and none fits this machine.
@@ -64,7 +64,7 @@ class RunnerFactory:
             except InfexportError as error:
                 refused.append(error)
                 continue
-            if all(engines.backend == other.backend for other in found.values()):  # a process uses one
+            if all(engines.backend == other.backend for other in found.values()):  # a process can use one backend
                 found[kind] = engines
         if self._provider == "engine" and not found:
             raise refused[0]
@@ -72,32 +72,32 @@ class RunnerFactory:
             reasons = "; ".join([refused[0].summary, *refused[0].details.splitlines()])
             self.notes.append(f"no engine is used: {reasons}")
         for engine in self.bundle.engines if found else ():
-            if engine.state not in ("current", "stale"):  # others do its work, but somebody should know
+            if engine.state not in ("current", "stale"):  # other engines replace it, but the user should know
                 self.notes.append(f"not used: {engine.file}: {STATES[engine.state]}")
         return found
 
     @property
     def engines_alone(self) -> bool:
-        """Whether ONNX Runtime may not do what no engine can."""
+        """Tell whether ONNX Runtime must not be used where no engine fits."""
         return self._provider == "engine"
 
     @property
     def seeks_gpu(self) -> bool:
-        """Whether ONNX Runtime is to look for a GPU; a package for GPUs may be where none is: only a session knows."""
+        """Tell whether ONNX Runtime tries a GPU first; only a session shows whether there is one."""
         return candidates(self._provider, import_onnxruntime().get_available_providers())[0] != "cpu"
 
     @property
     def precision(self) -> str:
-        """Of what is run, where engines are used for all that they can."""
+        """Precision of the engines in use, or of the bundle where there are none."""
         return next(iter(self.engines.values())).precision if self.engines else self.bundle.manifest.precision
 
     def chunk(self, asked: int | None) -> int:
-        """Tokens at a time, streamed: as asked for, what the engines of the stages were built for, or CHUNK."""
+        """Return the tokens of a streamed chunk: as asked for, as the stages' engines were built for, or CHUNK."""
         streaming = self.engines.get("stream")
         return asked or (streaming and streaming.chunk) or CHUNK
 
     def runner(self, placed: bool = False) -> ImageRunner:
-        """Of the whole graph, not entered yet; `placed` as of `OrtRunner`.
+        """Return a runner of the whole graph, not entered yet; for `placed` see `OrtRunner`.
 
         Raises:
             InfexportError: engines were asked for, and there is none of the whole graph; or none that gives centrality.
@@ -123,8 +123,8 @@ class RunnerFactory:
                 "convert the checkpoint again",
             )
 
-    def stages(self) -> Stages:
-        """Of the stages, not entered yet.
+    def stages(self) -> StageRunner:
+        """Return a runner of the stages, not entered yet.
 
         Raises:
             InfexportError: engines were asked for, and there are none of the stages.

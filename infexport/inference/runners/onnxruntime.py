@@ -1,4 +1,4 @@
-"""A bundle's graph in ONNX Runtime."""
+"""Runners of a bundle's graphs in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from infexport.bundle import Bundle
 from infexport.bundle.manifest import CENTRALITY_MODEL, Stage
 from infexport.errors import InfexportError
-from infexport.images.preprocess import normalise
-from infexport.inference.runners import Placement
-from infexport.inference.runners.output_checks import check_answer, check_centrality, graph_mismatch
+from infexport.inference.runners.base import ImageRunner, Placement, StageRunner
+from infexport.inference.runners.output_checks import graph_mismatch
 from infexport.system.dependencies import require
 from infexport.system.host import has_int8_products
-from infvit.stage_scope import StageScope
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -30,7 +27,7 @@ PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
-"""A library of its own, which ONNX Runtime loads."""
+"""Package of a separate library, which ONNX Runtime loads."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,19 @@ class Port:
     shape: list[int | str | None]
 
 
-class OrtRunner:
+class OrtRunner(ImageRunner):
     """Runs a bundle's `model.onnx` on an execution provider.
 
-    ONNX Runtime keeps the CPU for operators the provider hasn't; a session that got none of it is an error.
+    ONNX Runtime runs operators that the provider lacks on the CPU. A session that does not get the provider at all is
+    an error.
 
     Args:
         bundle: what to run.
         provider: `cpu`, `cuda`, `tensorrt`, `tensorrt-rtx`, or `auto`: cuda where it works, else cpu. The attribute
-            `provider` says which, once entered.
+            `provider` names the one in use, once the runner is entered.
         threads: of one operator; None leaves it to ONNX Runtime (all cores).
         placed: `placement` is read on a CPU, too.
-        centrality: `run` gives it, too, `centrality [B, layers, H, N]`.
+        centrality: `run` also returns `centrality [B, layers, H, N]`.
     """
 
     def __init__(
@@ -64,70 +62,58 @@ class OrtRunner:
         placed: bool = False,
         centrality: bool = False,
     ) -> None:
-        self.bundle = bundle
+        self.bundle, self.manifest = bundle, bundle.manifest
         self._graph = bundle.path / CENTRALITY_MODEL if centrality else bundle.model
+        self.checked_graph = self._graph.name
         self.provider, self.precision = provider, bundle.manifest.precision
         self.version = f"onnxruntime {import_onnxruntime().__version__}"
         self.threads, self._placed = threads, placed
         self._session: Any = None
 
-    def takes(self, shape: Sequence[int]) -> bool:
-        return True
-
     @property
     def placement(self) -> Placement:
-        """Where the nodes run, once entered."""
+        """Where the nodes run, once the runner is entered."""
         return read_placement(self._session)
 
     @property
     def ports(self) -> tuple[list[Port], list[Port]]:
-        """Inputs and outputs of the graph, once entered."""
+        """Inputs and outputs of the graph, once the runner is entered."""
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        return [_port(value) for value in inputs], [_port(value) for value in outputs]
+        return [_make_port(value) for value in inputs], [_make_port(value) for value in outputs]
 
-    def __enter__(self) -> Self:
+    def _open(self) -> None:
         self._session, self.provider = open_session(self._graph, self.provider, self.threads, self._placed)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _close(self) -> None:
         self._session = None
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def _infer(self, value: NDArray[Any], shape: Sequence[int]) -> dict[str, NDArray[Any]]:
         feeds = self._session.get_inputs()
         if len(feeds) != 1:
             raise graph_mismatch(self._graph.name, f"{len(feeds)} inputs, expected one")
-        value: NDArray[Any] = images
-        if self.bundle.manifest.input == "float32":
-            value = normalise(images, self.bundle.manifest.preprocessing)
         names = [output.name for output in self._session.get_outputs()]
         try:
             values = self._session.run(names, {feeds[0].name: value})
         except Exception as error:
             raise InfexportError(
-                f"ONNX Runtime failed on images of {images.shape[2]}x{images.shape[1]}, batch {images.shape[0]}",
+                f"ONNX Runtime failed on images of {shape[2]}x{shape[1]}, batch {shape[0]}",
                 str(error),
                 "smaller images or batches need less memory",
             ) from error
-        found = dict(zip(names, values, strict=True))
-        check_answer(self._graph, found, self.bundle.manifest.config, len(images))
-        if self._graph.name == CENTRALITY_MODEL:
-            check_centrality(self._graph, found, self.bundle.manifest.config, images.shape)
-        return found
+        return dict(zip(names, values, strict=True))
 
 
-class OrtStages:
-    """Runs a bundle's stages, one session at a time: a sweep's weights are in memory while it goes on.
+class OrtStages(StageRunner):
+    """Runs a bundle's stages, one session at a time: only the weights of the current stage are in memory.
 
     Args:
-        bundle, provider, threads: as of `OrtRunner`.
+        bundle, provider, threads: see `OrtRunner`.
     """
 
-    max_rows: int | None = None
+    checks_outputs = True
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int | None = None) -> None:
-        self.bundle = bundle
+        self.bundle, self.manifest = bundle, bundle.manifest
         self.provider, self.precision = provider, bundle.manifest.precision
         self.version = f"onnxruntime {import_onnxruntime().__version__}"
         self.identity = {"onnxruntime": self.version}
@@ -135,52 +121,37 @@ class OrtStages:
         self._graph = ""
         self._session: Any = None
 
-    def __enter__(self) -> Self:
+    def _open(self) -> None:
         assert self.bundle.manifest.stages, "the caller checks that there are stages"
-        self._open(self.bundle.manifest.stages[0].graph)  # which decides what `auto` is
-        return self
+        self._load(self.bundle.manifest.stages[0])  # which decides what `auto` is
 
-    def _open(self, graph: str) -> None:
-        if graph != self._graph:
+    def _load(self, stage: Stage) -> None:
+        if stage.graph != self._graph:
             self._session, self._graph = None, ""  # before the next is loaded
-            self._session, self.provider = open_session(self.bundle.path / graph, self.provider, self.threads)
-            self._graph = graph
+            self._session, self.provider = open_session(self.bundle.path / stage.graph, self.provider, self.threads)
+            self._graph = stage.graph
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _close(self) -> None:
         self._session, self._graph = None, ""
 
-    def run(self, stage: Stage, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The stage's outputs by name.
-
-        Raises:
-            InfexportError: ONNX Runtime cannot load the stage, or fails on it.
-        """
-        self._open(stage.graph)
-        values = dict(feeds)
-        if stage.over is StageScope.IMAGE and self.bundle.manifest.input == "float32":
-            values["image"] = normalise(values["image"], self.bundle.manifest.preprocessing)
+    def _infer(self, stage: Stage, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         try:
-            outputs = self._session.run(None, values)  # in the stage's order
+            outputs = self._session.run(None, dict(values))  # in the stage's order
         except Exception as error:
             raise InfexportError(
                 f"ONNX Runtime failed in {stage.graph}", str(error), "fewer tokens at a time need less memory"
             ) from error
         if len(outputs) != len(stage.outputs):
             raise graph_mismatch(stage.graph, f"{len(outputs)} outputs, expected {', '.join(stage.outputs)}")
-        found = dict(zip(stage.outputs, outputs, strict=True))
-        if "logits" in found:
-            check_answer(Path(stage.graph), found, self.bundle.manifest.config, 1)
-        return found
+        return dict(zip(stage.outputs, outputs, strict=True))
 
 
 def open_session(graph: Path | bytes, provider: str, threads: int | None, placed: bool = False) -> tuple[Any, str]:
-    """A session of a graph, and which provider it runs on.
+    """Open a session of a graph; return it and the provider that it runs on.
 
     Args:
-        graph: the file, or what one has.
-        provider, threads, placed: as of `OrtRunner`.
+        graph: a model file, or its content.
+        provider, threads, placed: see `OrtRunner`.
 
     Raises:
         InfexportError: ONNX Runtime cannot load it, or gives another provider than asked for.
@@ -206,13 +177,13 @@ def open_session(graph: Path | bytes, provider: str, threads: int | None, placed
 
 
 def open_memory_session(model: bytes, weights: Path, provider: str = "cpu", threads: int | None = None) -> Any:
-    """A session of a model in memory, whose external data lies in the folder `weights`.
+    """Open a session of a model in memory, whose external data lies in the folder `weights`.
 
     Args:
         model: an ONNX model.
         weights: the folder.
         provider: `cpu`, `cuda` or `tensorrt`.
-        threads: as of `OrtRunner`.
+        threads: see `OrtRunner`.
 
     Raises:
         InfexportError: ONNX Runtime cannot load it.
@@ -221,20 +192,20 @@ def open_memory_session(model: bytes, weights: Path, provider: str = "cpu", thre
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     try:
         return import_onnxruntime().InferenceSession(model, options, providers=[with_options(provider)])
-    except Exception as error:  # as of `_start`
+    except Exception as error:  # see `_start`
         raise InfexportError(f"ONNX Runtime cannot load a graph of {weights}", str(error)) from error
 
 
 def with_options(provider: str) -> str | tuple[str, dict[str, str]]:
-    """A key of PROVIDERS as a session takes it."""
+    """Return a provider, a key of PROVIDERS, in the form that a session takes."""
     # by default float32 products are rounded to TF32, 10 bits, on a GPU
     return (PROVIDERS[provider], {"use_tf32": "0"}) if provider == "cuda" else PROVIDERS[provider]
 
 
 def _options(threads: int | None) -> Any:
     options = import_onnxruntime().SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, and told once, with names that a terminal does not obey
-    # it would keep a plan of its memory for every shape it has met, for good: 10 KB each where images are of any size
+    options.log_severity_level = 4  # errors are raised, and shown once, without control characters
+    # it would keep a memory plan for every input shape, for good: 10 KB each where images are of any size
     options.enable_mem_pattern = False
     if not has_int8_products():
         # there the uint8 by int8 kernels of x86 saturate: take the exact ones, at half the speed
@@ -269,7 +240,7 @@ def _start(graph: Path | bytes, provider: str, threads: int | None, placed: bool
 
 
 def _rtx_devices(onnxruntime: ModuleType) -> list[Any]:
-    """The GPUs of the TensorRT-RTX provider, which is loaded where it is not yet.
+    """Return the GPUs of the TensorRT-RTX provider, loading the provider first if necessary.
 
     Raises:
         InfexportError: it cannot be loaded, or it finds no GPU.
@@ -284,7 +255,7 @@ def _rtx_devices(onnxruntime: ModuleType) -> list[Any]:
     if not devices():
         try:
             onnxruntime.register_execution_provider_library(name, library.get_library_path())
-        except Exception as error:  # as of InferenceSession
+        except Exception as error:  # see `_start`
             raise InfexportError(f"ONNX Runtime cannot load {name}", str(error), hint) from error
     found = devices()
     if not found:
@@ -293,7 +264,7 @@ def _rtx_devices(onnxruntime: ModuleType) -> list[Any]:
 
 
 def read_placement(session: Any) -> Placement:
-    """Where a session's nodes run, as ONNX Runtime has assigned them."""
+    """Return where ONNX Runtime has placed a session's nodes."""
     found: Placement = {}
     for part in session.get_provider_graph_assignment_info():
         found.setdefault(part.ep_name, Counter()).update(
@@ -302,13 +273,13 @@ def read_placement(session: Any) -> Placement:
     return found
 
 
-def _port(value: Any) -> Port:
+def _make_port(value: Any) -> Port:
     dtype = value.type.removeprefix("tensor(").removesuffix(")")
     return Port(value.name, {"float": "float32", "double": "float64"}.get(dtype, dtype), list(value.shape))
 
 
 def remarks(precision: str, provider: str) -> list[str]:
-    """What a user should know of a bundle's precision on a provider."""
+    """Return remarks for the user on a bundle's precision on a provider."""
     if precision == "fp16" and provider == "cpu":
         return ["fp16 on the CPU is computed in float32: no faster than an fp32 bundle"]
     if precision == "int8" and provider in PROVIDERS and provider != "cpu":
@@ -319,10 +290,10 @@ def remarks(precision: str, provider: str) -> list[str]:
 
 
 def import_onnxruntime() -> ModuleType:
-    """ONNX Runtime's module.
+    """Return ONNX Runtime's module.
 
     Raises:
-        InfexportError: not installed, or one that cannot be imported.
+        InfexportError: it is not installed, or cannot be imported.
     """
     require("onnxruntime", extra="cpu")
     try:
@@ -334,7 +305,7 @@ def import_onnxruntime() -> ModuleType:
 
 
 def candidates(asked: str, available: list[str]) -> list[str]:
-    """The providers to try, best first; several only for `auto`.
+    """Return the providers to try, best first; several only for `auto`.
 
     Raises:
         InfexportError: this build of ONNX Runtime doesn't have the one that was asked for.

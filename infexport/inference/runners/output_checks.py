@@ -1,9 +1,8 @@
-"""Whether what a graph answers is what the manifest says: a bundle may come from anybody."""
+"""Checks of a graph's outputs against the manifest: a bundle may come from anybody."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,27 +13,45 @@ from infexport.inference.centrality import CENTRALITY
 from infvit.config import InfViTConfig
 
 
-def check_answer(graph: Path, found: Mapping[str, NDArray[Any]], config: InfViTConfig, images: int) -> None:
-    """Refuse an answer that is not what the manifest's config says: whoever reads it takes it to be."""
+def check_answer(graph: str, found: Mapping[str, NDArray[Any]], config: InfViTConfig, images: int) -> None:
+    """Refuse logits or features that do not fit the config; their readers rely on the shapes.
+
+    Args:
+        graph: name of the graph file, for the message.
+        found: outputs by name.
+        config: of the bundle.
+        images: B, number of images; expected are float32 `logits [B, classes]` and `features [B, E]`.
+
+    Raises:
+        LastingError: an output is missing, or its shape or dtype is another.
+    """
     _check_shape(graph, found, "logits", (images, config.num_classes))
     _check_shape(graph, found, "features", (images, config.embed_dim))
 
 
-def check_centrality(
-    graph: Path, found: Mapping[str, NDArray[Any]], config: InfViTConfig, images: Sequence[int]
-) -> None:
-    tokens = images[1] * images[2] // config.patch_size**2 + 1
-    _check_shape(graph, found, CENTRALITY, (images[0], config.depth, config.num_heads, tokens))
+def check_centrality(graph: str, found: Mapping[str, NDArray[Any]], config: InfViTConfig, shape: Sequence[int]) -> None:
+    """Refuse centrality that does not fit the config.
+
+    Args:
+        graph, found, config: see `check_answer`.
+        shape: of the images, `[B, H, W, 3]`; expected is float32 `centrality [B, layers, heads, N]`.
+
+    Raises:
+        LastingError: the output is missing, or its shape or dtype is another.
+    """
+    expected = (shape[0], config.depth, config.num_heads, config.tokens(shape[1], shape[2]))
+    _check_shape(graph, found, CENTRALITY, expected)
 
 
-def _check_shape(graph: Path, found: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> None:
+def _check_shape(graph: str, found: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> None:
     value = found.get(name)
     if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != np.float32:
         received = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else "none"
-        raise graph_mismatch(graph.name, f"{name}: {received}, expected float32 {list(shape)}")
+        raise graph_mismatch(graph, f"{name}: {received}, expected float32 {list(shape)}")
 
 
 def graph_mismatch(graph: str, received: str) -> LastingError:
+    """Build the error of a graph that is not the one in the manifest."""
     return LastingError(
         f"{graph} is not the graph that the manifest describes", f"received {received}", "convert the checkpoint again"
     )

@@ -1,4 +1,4 @@
-"""A bundle's engines on a GPU, by Polygraphy."""
+"""Runners of a bundle's engines on a GPU, through Polygraphy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +16,13 @@ from infexport.bundle import ENGINES, Bundle
 from infexport.bundle.engine_record import Engine
 from infexport.bundle.manifest import MODEL, Stage
 from infexport.errors import InfexportError
-from infexport.images.preprocess import normalise
 from infexport.inference.engine_selection import EngineSet, Kind, build_command
-from infexport.inference.runners import Placement
+from infexport.inference.runners.base import ImageRunner, Placement, StageRunner
 from infexport.inference.tensorrt_libraries import BACKENDS, errors_in, library_log
 from infexport.system.dependencies import require
-from infvit.stage_scope import StageScope
 
 STRIP_ROWS = 8
-"""Rows of patches of a strip, at most: the image stage's memory is what rows and columns may be at once."""
+"""Most rows of patches in a strip: the image stage's memory grows with its largest rows and columns."""
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -33,9 +30,9 @@ class EngineSession:
     """One engine, loaded on the GPU. Threads take turns: it has one set of buffers.
 
     Args:
-        bundle: the folder it lies in.
-        engine: one that is current.
-        stages: the bundle has some to build engines for.
+        bundle: folder of the bundle.
+        engine: an engine that is current.
+        stages: the bundle has stages, for which engines can be built.
 
     Raises:
         InfexportError: the library is missing or refuses the engine, or the GPU has no room for it.
@@ -56,7 +53,7 @@ class EngineSession:
                 from polygraphy.logger import G_LOGGER
 
                 G_LOGGER.module_severity, G_LOGGER.colors = G_LOGGER.CRITICAL, False  # it prints to stdout
-                # what is loaded holds on to what it was loaded with
+                # the loaded engine keeps the log it was loaded with
                 content = (bundle / ENGINES / engine.file).read_bytes()
                 loaded = trt.Runtime(log).deserialize_cuda_engine(content)
                 context = loaded and backend.context(loaded, record.sha256, stack)
@@ -79,12 +76,12 @@ class EngineSession:
         )
 
     def _build(self) -> str:
-        """The command that builds it for this GPU."""
+        """Return the command that builds the engine for this GPU."""
         kind: Kind = "whole" if self._record.chunk is None else "stream"
         return build_command(self._bundle, self._record.precision, kind)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The engine's outputs by name.
+        """Return the engine's outputs by name.
 
         Raises:
             InfexportError: shapes outside the engine's profile, or a GPU that fails.
@@ -110,7 +107,7 @@ class EngineSession:
                 )
 
     def _remedy(self, name: str, shape: Sequence[int]) -> str:
-        """Return what takes an input of this shape: other options, or an engine to be built."""
+        """Suggest options, or an engine to build, for an input of this shape."""
         shapes, chunk = self._record.profile[name], self._record.chunk
         if len(shape) != len(shapes.min):
             return f"build it again here: {self._build()}"
@@ -131,12 +128,12 @@ class EngineSession:
 
 
 def _reaching(numbers: Sequence[int]) -> list[int]:
-    """Return min, opt and max that reach to a fourth number."""
+    """Return min, opt and max, extended to include a fourth number."""
     low, best, high, wanted = numbers
     return [min(low, wanted), best, max(high, wanted)]
 
 
-class EngineRunner:
+class EngineRunner(ImageRunner):
     """Runs the engine of a bundle's whole graph.
 
     Args:
@@ -145,25 +142,15 @@ class EngineRunner:
     """
 
     def __init__(self, bundle: Bundle, engines: EngineSet) -> None:
-        self.bundle = bundle
+        self.bundle, self.manifest = bundle, bundle.manifest
         self.provider, self.precision = f"engine {engines.name}", engines.precision
         self._engine = engines.engines[MODEL]
         self.version = engines.first.library
         self._session: EngineSession | None = None
 
-    def __enter__(self) -> Self:
-        self._session = EngineSession(self.bundle.path, self._engine, self.bundle.manifest.stages is not None)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._session is not None:
-            self._session.close()
-        self._session = None
-
     @property
     def placement(self) -> Placement:
+        """Layers of the engine by their type."""
         layers = self._engine.recorded.layers
         return {self.provider: Counter({kind: sum(types.values()) for kind, types in layers.items()})}
 
@@ -172,53 +159,50 @@ class EngineRunner:
         batch, height, width, channels = shape
         return shapes.holds([batch, height, width, channels] if name == "image" else [batch, channels, height, width])
 
-    def run(self, images: NDArray[np.uint8]) -> Arrays:
+    def _open(self) -> None:
+        self._session = EngineSession(self.bundle.path, self._engine, self.bundle.manifest.stages is not None)
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session = None
+
+    def _infer(self, value: NDArray[Any], shape: Sequence[int]) -> Arrays:
         assert self._session is not None, "enter the runner before running it"
-        manifest = self.bundle.manifest
-        if manifest.input == "uint8":
-            return self._session.run({"image": images})
-        return self._session.run({"pixels": normalise(images, manifest.preprocessing)})
+        return self._session.run({"image" if self.bundle.manifest.input == "uint8" else "pixels": value})
 
 
-class EngineStages:
-    """Runs the engines of a bundle's stages; all stay on the GPU, since loading one takes longer than a sweep.
+class EngineStages(StageRunner):
+    """Runs the engines of a bundle's stages. All stay on the GPU, since loading one takes longer than running it.
 
     Args:
         bundle: what to run.
         engines: a set that streams.
     """
 
-    max_rows: int | None = STRIP_ROWS
+    max_rows = STRIP_ROWS
 
     def __init__(self, bundle: Bundle, engines: EngineSet) -> None:
-        self.bundle = bundle
+        self.bundle, self.manifest = bundle, bundle.manifest
         self.provider, self.precision = f"engine {engines.name}", engines.precision
         self._engines = engines.engines
         self.version = engines.first.library
         self.identity = {graph: engine.recorded.sha256 for graph, engine in self._engines.items()}
         self._sessions: dict[str, EngineSession] = {}
 
-    def __enter__(self) -> Self:
-        return self
+    def _open(self) -> None:
+        """Load nothing: each engine is loaded when its stage is first run."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _load(self, stage: Stage) -> None:
+        if stage.graph not in self._sessions:
+            self._sessions[stage.graph] = EngineSession(self.bundle.path, self._engines[stage.graph])
+
+    def _close(self) -> None:
         while self._sessions:
             with suppress(Exception):  # one that cannot be closed must not keep the others open
                 self._sessions.popitem()[1].close()
 
-    def run(self, stage: Stage, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The stage's outputs by name.
-
-        Raises:
-            InfexportError: as of `EngineSession`.
-        """
-        if stage.graph not in self._sessions:
-            self._sessions[stage.graph] = EngineSession(self.bundle.path, self._engines[stage.graph])
-        values = dict(feeds)
-        if stage.over is StageScope.IMAGE and self.bundle.manifest.input == "float32":
-            values["image"] = normalise(values["image"], self.bundle.manifest.preprocessing)
+    def _infer(self, stage: Stage, values: Mapping[str, NDArray[Any]]) -> Arrays:
         found = self._sessions[stage.graph].run(values)
-        # one value has one name in a graph: what goes in again comes out under another (`infexport.conversion.stages`)
+        # a value has one name in a graph: an output that replaces an input has the suffix `_out` there
         return {name: found[f"{name}_out" if name in stage.inputs else name] for name in stage.outputs}

@@ -16,7 +16,7 @@ from infexport.inference.streaming.driver import (
     Observer,
     Position,
     Progress,
-    StageRunner,
+    RunsStages,
     Tokens,
     make_layout,
     select_stages,
@@ -47,7 +47,7 @@ class Streamed:
 
 def stream(
     bundle: Bundle,
-    runner: StageRunner,
+    runner: RunsStages,
     source: Source,
     scratch: Scratch | None = None,
     chunk: int = CHUNK,

@@ -31,8 +31,8 @@ RECORD_CHUNKS, RECORD_SECONDS = 16, 5.0
 """A run that can be resumed is recorded after so many chunks or seconds; the ring of tokens allows the chunks."""
 
 
-class StageRunner(Protocol):
-    """What runs a stage: ONNX Runtime, an engine, another machine.
+class RunsStages(Protocol):
+    """Interface of a runner of stages, as far as streaming uses it.
 
     Attributes:
         precision: of the layers that meet every token.
@@ -190,7 +190,7 @@ class Driver:
     def __init__(
         self,
         stages: Sequence[Stage],
-        runner: StageRunner,
+        runner: RunsStages,
         source: Source,
         tokens: Tokens,
         chunk: int,

@@ -19,7 +19,7 @@ from infexport.inference.executor import display_name, not_finite, open_source
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import no_stages, size_text
 from infexport.inference.prediction import Failure, ImageResult, Prediction
-from infexport.inference.runners import Stages
+from infexport.inference.runners import StageRunner
 from infexport.inference.runners.factory import RunnerFactory
 from infexport.inference.streaming.driver import select_stages
 from infexport.inference.streaming.sharding import MEMORY_HINT, Lost, Shard, Sharded, split_rows
@@ -51,7 +51,7 @@ class Worker:
     def __init__(self, bundle: Path, digest: str, options: InferenceOptions) -> None:
         self._path, self._digest, self._options = bundle, digest, options
         self._bundle: Bundle | None = None
-        self._stages: Stages | None = None
+        self._stages: StageRunner | None = None
         self._sessions = ExitStack()
         self._shard: Shard | None = None
         self._image = ExitStack()
