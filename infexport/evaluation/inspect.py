@@ -118,7 +118,7 @@ def _resolution(bundle: Bundle, height: int, width: int, limit: int) -> Resoluti
         tokens,
         work.dense + work.attention + embedding_cost(config, tokens),
         estimates(bundle, options, image),
-        None if manifest.stages is None else memory.kept(manifest, tokens, CHUNK, half=False, on_disk=True),
+        None if manifest.stages is None else memory.kept(manifest, tokens, CHUNK, token_dtype="float32", on_disk=True),
         auto,
     )
 

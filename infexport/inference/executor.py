@@ -309,11 +309,13 @@ class _Call:
                 source,
                 scratch,
                 self._chunk,
-                options.half,
+                options.tokens,
                 lambda stage, done, total: listener.on_event(StageProgress(name, stage, done, total)),
                 options.centrality,
             )
-        kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}{' in float16' if options.half else ''}"
+        kept = f"tokens {'on disk' if way == 'disk' else 'in memory'}"
+        if options.tokens == "float16":
+            kept += " in float16"
         return Prediction(
             name,
             source.grid,

@@ -10,6 +10,7 @@ import numpy as np
 
 from infexport.bundle.manifest import Manifest
 from infexport.inference.centrality import CENTRALITY, MOST_NUMBERS
+from infexport.inference.options import TokenDtype
 from infexport.inference.streaming.driver import make_layout, select_stages
 from infexport.inference.streaming.token_store import store_dtype
 from infvit.stage_scope import StageScope
@@ -46,7 +47,13 @@ def whole(manifest: Manifest, weights: int, tokens: int, batch: int = 1) -> int:
 
 
 def streamed(
-    manifest: Manifest, tokens: int, width: int, chunk: int, half: bool, on_disk: bool, centrality: bool = False
+    manifest: Manifest,
+    tokens: int,
+    width: int,
+    chunk: int,
+    token_dtype: TokenDtype,
+    on_disk: bool,
+    centrality: bool = False,
 ) -> int:
     """Of a streamed run.
 
@@ -55,7 +62,7 @@ def streamed(
         tokens: of the image.
         width: of the image in pixels; strips of it are in memory.
         chunk: tokens at a time.
-        half: tokens are kept in float16.
+        token_dtype: in which tokens are kept.
         on_disk: tokens are kept in a scratch file, not in memory.
         centrality: of the tokens is asked for.
     """
@@ -75,18 +82,20 @@ def streamed(
     rows = max(config.patch_size, chunk * config.patch_size**2 // width)
     strips = 3 * width * (4 * rows + TILE_ROWS)
     maps = F32 * min(tokens * config.depth * config.num_heads, MOST_NUMBERS) * centrality
-    stored = 0 if on_disk else kept(manifest, tokens, chunk, half, False, centrality)
+    stored = 0 if on_disk else kept(manifest, tokens, chunk, token_dtype, False, centrality)
     return PROCESS + weights + passing + strips + stored + 2 * maps
 
 
-def kept(manifest: Manifest, tokens: int, chunk: int, half: bool, on_disk: bool, centrality: bool = False) -> int:
+def kept(
+    manifest: Manifest, tokens: int, chunk: int, token_dtype: TokenDtype, on_disk: bool, centrality: bool = False
+) -> int:
     """Of the tokens of a streamed run, wherever they are kept; the arguments are those of `streamed`."""
     config = manifest.config
     assert manifest.stages is not None, "the caller checks that there are stages"
     stages, total = select_stages(manifest.stages, centrality), 0
     for name, spare in make_layout(stages, range(tokens), chunk, on_disk, centrality).spare.items():
         columns = config.num_heads if name == CENTRALITY else config.embed_dim
-        total += (tokens + spare) * columns * np.dtype(store_dtype(name, manifest.precision, half)).itemsize
+        total += (tokens + spare) * columns * np.dtype(store_dtype(name, manifest.precision, token_dtype)).itemsize
     return total
 
 

@@ -108,11 +108,6 @@ class InferenceOptions:
         """Those of `names` that are not what they are by default."""
         return [each.name for each in fields(self) if each.name in names and getattr(self, each.name) != each.default]
 
-    @property
-    def half(self) -> bool:
-        """Streamed tokens are kept in float16."""
-        return self.tokens == "float16"
-
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "edge": get_args(Edge),

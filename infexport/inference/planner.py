@@ -56,7 +56,7 @@ def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: in
     if manifest.stages is not None:
         for way in ("memory", "disk"):
             found[way] = image.loaded + memory.streamed(
-                manifest, image.tokens, image.width, chunk, options.half, way == "disk", options.centrality
+                manifest, image.tokens, image.width, chunk, options.tokens, way == "disk", options.centrality
             )
     return {way: size + drawing for way, size in found.items()}
 

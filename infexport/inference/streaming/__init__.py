@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from infexport.bundle import Bundle
 from infexport.images.strips import Source
 from infexport.inference.centrality import Centrality
+from infexport.inference.options import TokenDtype
 from infexport.inference.streaming.centrality import Maps
 from infexport.inference.streaming.checksums import Checksums
 from infexport.inference.streaming.driver import (
@@ -51,7 +52,7 @@ def stream(
     source: Source,
     scratch: Scratch | None = None,
     chunk: int = CHUNK,
-    half: bool = False,
+    token_dtype: TokenDtype = "float32",
     progress: Progress = lambda stage, done, total: None,
     centrality: bool = False,
     observe: Observer = lambda stage, tokens, sums: None,
@@ -65,7 +66,7 @@ def stream(
         scratch: entered; tokens are kept in its folder, and the run goes on where it was interrupted, if what that
             left is proven to be what it wrote. None keeps them in memory.
         chunk: tokens at a time.
-        half: keep them in float16.
+        token_dtype: dtype in which tokens are kept.
         progress: told of every chunk; stages are counted as `driver.select_stages` gives them.
         centrality: of the tokens, too: for Pure InfSA, as much work again as its attention.
         observe: as of `Driver`, where centrality is not asked for.
@@ -80,7 +81,7 @@ def stream(
 
     def opened(position: Position, left: bool) -> tuple[Tokens, Stores, Maps | None]:
         """The places of all that is kept: made, or those of an interrupted run, proven to be what it left."""
-        stores = Stores(config, runner.precision, half, folder, position.squares, left)
+        stores = Stores(config, runner.precision, token_dtype, folder, position.squares, left)
         maps = Maps(stages, config, source.grid, folder, position.checksums) if centrality else None
         checksums = None if folder is None else Checksums(source.tokens, chunk, position.checksums)
         tokens = Tokens(layout, stores, checksums)

@@ -20,6 +20,7 @@ import numpy as np
 from infexport.bundle.manifest import Stage
 from infexport.errors import InfexportError
 from infexport.images.strips import Source
+from infexport.inference.options import TokenDtype
 from infexport.inference.streaming.driver import (
     BY_TOKEN,
     Array,
@@ -75,7 +76,7 @@ class Shard:
         runner: of these.
         source: the image, of which no more than the range is read.
         rows: the range, as of `split_rows`.
-        chunk, half: as of `infexport.inference.streaming.stream`.
+        chunk, token_dtype: see `infexport.inference.streaming.stream`.
 
     Attributes:
         done: rows of the stage that it is at.
@@ -90,10 +91,10 @@ class Shard:
         source: Source,
         rows: range,
         chunk: int,
-        half: bool = False,
+        token_dtype: TokenDtype = "float32",
     ) -> None:
         self._stages, self._runner, self._rows, self._chunk = stages, runner, rows, chunk
-        self._stores = Stores(config, runner.precision, half, None, {})
+        self._stores = Stores(config, runner.precision, token_dtype, None, {})
         self._tokens = Tokens(make_layout(stages, rows, chunk, resumable=False), self._stores)
         self._driver = Driver(stages, runner, source, self._tokens, chunk)
         self.done = 0

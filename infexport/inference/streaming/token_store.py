@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from infexport.errors import InfexportError, LastingError
 from infexport.inference.centrality import CENTRALITY
+from infexport.inference.options import TokenDtype
 from infvit.config import InfViTConfig
 
 Rows = NDArray[Any]
@@ -236,16 +237,16 @@ class HalfStore:
         self._store.close()
 
 
-def store_dtype(name: str, precision: str, half: bool) -> type[np.float32] | type[np.float16]:
-    """Of what is kept: sums over all tokens are always float32.
+def store_dtype(name: str, precision: str, token_dtype: TokenDtype) -> type[np.float32] | type[np.float16]:
+    """Return the dtype of kept rows; sums over all tokens are always float32.
 
     Args:
         name: of the rows.
         precision: of the bundle; its Neumann kernel takes float16 queries, keys and values in `fp16`.
-        half: keep everything else in float16.
+        token_dtype: of everything else.
     """
     kernel = precision == "fp16" and name in ("q", "k", "v")
-    return np.float16 if kernel or (half and name not in ("mixed", CENTRALITY)) else np.float32
+    return np.float16 if kernel or (token_dtype == "float16" and name not in ("mixed", CENTRALITY)) else np.float32
 
 
 class Stores:
@@ -254,7 +255,7 @@ class Stores:
     Args:
         config: of the bundle.
         precision: of what runs its stages.
-        half: keep in float16 what can be.
+        token_dtype: of the rows that may be rounded.
         folder: of their files; None keeps them in memory.
         squares: name → as of `HalfStore`, so far; added to.
         left: the files are those of an interrupted run.
@@ -264,25 +265,25 @@ class Stores:
         self,
         config: InfViTConfig,
         precision: str,
-        half: bool,
+        token_dtype: TokenDtype,
         folder: Path | None,
         squares: dict[str, NDArray[np.float64]],
         left: bool = False,
     ) -> None:
-        self._config, self._precision, self._half = config, precision, half
+        self._config, self._precision, self._token_dtype = config, precision, token_dtype
         self._folder, self._squares, self._left = folder, squares, left
         self._halves: list[HalfStore] = []
 
     def __call__(self, name: str, rows: int) -> Store:
         """A store of so many rows."""
-        dtype = store_dtype(name, self._precision, self._half)
+        dtype = store_dtype(name, self._precision, self._token_dtype)
         width = self._config.num_heads if name == CENTRALITY else self._config.embed_dim
         store: Store
         if self._folder is None:
             store = MemoryStore(rows, width, dtype)
         else:
             store = FileStore(self._folder / name, rows, width, dtype, self._left)
-        if dtype == store_dtype(name, self._precision, half=False):
+        if dtype == store_dtype(name, self._precision, "float32"):
             return store
         self._halves.append(HalfStore(store))
         self._halves[-1].squares = self._squares.setdefault(name, self._halves[-1].squares)

@@ -89,7 +89,7 @@ class Worker:
         source = self._source(image)
         chunk, patch = self._chunk, bundle.manifest.config.patch_size
         needed = source.rows.loaded + memory.streamed(
-            bundle.manifest, len(rows), source.grid[1] * patch, chunk, options.half, False, False
+            bundle.manifest, len(rows), source.grid[1] * patch, chunk, options.tokens, False, False
         )
         if options.memory is not None and needed > options.memory:
             raise InfexportError(
@@ -98,7 +98,7 @@ class Worker:
                 "use more --workers, on more machines, or --tokens float16",
             )
         stages = select_stages(bundle.manifest.stages or (), centrality=False)
-        self._shard = Shard(bundle.manifest.config, stages, self._stages, source, rows, chunk, options.half)
+        self._shard = Shard(bundle.manifest.config, stages, self._stages, source, rows, chunk, options.tokens)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the shard."""
@@ -342,7 +342,7 @@ def _predict(
     logits, features = outputs["logits"][0], outputs["features"][0]
     if not np.isfinite(logits).all():
         raise not_finite(name)
-    kept = f"tokens in memory{' in float16' if options.half else ''}"
+    kept = f"tokens in memory{' in float16' if options.tokens == 'float16' else ''}"
     execution = f"stream, {team.count} shards, {kept}"
     return Prediction(
         name, grid, padded_share, logits, features, execution, max((error for _, error in facts), default=0.0)

@@ -28,9 +28,9 @@ DAMAGES = ("deleted", "cut", "grown", "overwritten", "zeroed", "older record", "
 class Case:
     """One image and network, and a folder in which its runs are interrupted."""
 
-    def __init__(self, shape, root, half=False):
+    def __init__(self, shape, root, token_dtype="float32"):
         self.bundle, self.runner = torch_bundle(**SHAPES[shape])
-        self.root, self.half, self.file = root / "scratch", half, root / "image"
+        self.root, self.token_dtype, self.file = root / "scratch", token_dtype, root / "image"
         self.images = [synthetic_image(60, 76), np.ascontiguousarray(synthetic_image(60, 76)[::-1])]
         self.said: list[str] = []
         self.show(1)
@@ -52,7 +52,7 @@ class Case:
         with Scratch(self.root, identity, StatusRecorder(self.said)) as scratch:
             source = Source(ArrayRows(self.image), 8, "pad")
             runner = counting or Counting(self.runner)
-            return stream(self.bundle, runner, source, scratch, CHUNK, self.half, centrality=True)
+            return stream(self.bundle, runner, source, scratch, CHUNK, self.token_dtype, centrality=True)
 
     def interrupt(self, random, raises=Killed, before=1.0):
         """End a run anywhere after its first record, before a share of its calls."""
@@ -94,10 +94,12 @@ def damage(kind, folder, random):
 
 
 @pytest.mark.parametrize(
-    ("shape", "half"), [("linear", False), ("linear", True), ("pure", False), ("terms", False)], ids=str
+    ("shape", "token_dtype"),
+    [("linear", "float32"), ("linear", "float16"), ("pure", "float32"), ("terms", "float32")],
+    ids=str,
 )
-def test_killed_anywhere_the_answer_is_the_same_bit_for_bit(shape, half, tmp_path):
-    case, random = Case(shape, tmp_path, half), np.random.default_rng(0)
+def test_killed_anywhere_the_answer_is_the_same_bit_for_bit(shape, token_dtype, tmp_path):
+    case, random = Case(shape, tmp_path, token_dtype), np.random.default_rng(0)
     for _ in range(5):
         case.interrupt(random)
         with pytest.raises(Killed):  # killed again, in the run that goes on

@@ -281,7 +281,7 @@ def test_rounding_is_that_of_the_whole_run(image_file, tmp_path):
     def run(counting):
         with Scratch(tmp_path / "scratch", Identity([image_file], {}), SILENT) as scratch:
             source = Source(ArrayRows(image), bundle.manifest.config.patch_size, "pad")
-            return stream(bundle, counting, source, scratch, chunk=3, half=True)
+            return stream(bundle, counting, source, scratch, chunk=3, token_dtype="float16")
 
     whole = Counting(runner)
     expected = run(whole)

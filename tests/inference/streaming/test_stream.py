@@ -129,7 +129,7 @@ def test_calibrated_ranges_do_not_depend_on_the_chunk(converted):
 @pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
 def test_tokens_kept_in_float16(name, golden_bundle):
     bundle, image = open_bundle(golden_bundle(name)), synthetic_image(64, 80)
-    found, expected = streamed(bundle, image, 16, half=True), whole(bundle, image)["logits"][0]
+    found, expected = streamed(bundle, image, 16, token_dtype="float16"), whole(bundle, image)["logits"][0]
     assert 1e-5 < found.rounding < 2**-11
     assert 1e-7 < relative_error(found.logits, expected) < 4 * 2**-11
     assert streamed(bundle, image, 16).rounding == 0

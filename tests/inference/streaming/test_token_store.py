@@ -82,10 +82,10 @@ def test_half_precision_says_what_it_costs():
 
 
 def test_sums_over_all_tokens_stay_float32():
-    assert store_dtype("mixed", "fp16", half=True) == np.float32
-    assert store_dtype("tokens", "fp16", half=False) == np.float32
-    assert store_dtype("q", "fp16", half=False) == np.float16
-    assert store_dtype("tokens", "fp32", half=True) == np.float16
+    assert store_dtype("mixed", "fp16", token_dtype="float16") == np.float32
+    assert store_dtype("tokens", "fp16", token_dtype="float32") == np.float32
+    assert store_dtype("q", "fp16", token_dtype="float32") == np.float16
+    assert store_dtype("tokens", "fp32", token_dtype="float16") == np.float16
 
 
 @settings(max_examples=200, deadline=None)
