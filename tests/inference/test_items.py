@@ -143,7 +143,7 @@ def test_an_error_that_says_nothing_is_an_error(predictor, monkeypatch):
     def fail(*arguments):
         raise OSError
 
-    monkeypatch.setattr("infexport.inference.executor.source_of", fail)
+    monkeypatch.setattr("infexport.inference.call.open_source", fail)
     columns = predictor([np.zeros((8, 8, 3), np.uint8)])
     assert columns["error"][0] == "OSError"
     assert columns["index"][0] == -1

@@ -12,7 +12,8 @@ import pytest
 
 from infexport import Predictor
 from infexport.errors import InfexportError
-from infexport.inference import executor, planner
+from infexport.inference import call as one_call
+from infexport.inference import planner
 from infexport.inference.prediction import Answered, Failure, Prediction
 from infexport.inference.runners.onnxruntime import OrtRunner
 from infexport.system.progress import ProgressListener
@@ -127,11 +128,11 @@ def test_what_is_free_is_looked_at_by_every_call(zoo_bundle, monkeypatch):
     predictor = Predictor(zoo_bundle("digits-linear"), size="native")
     image = images(1, 64)
     assert isinstance(predictor.predict(image)[0], Prediction)
-    monkeypatch.setattr(executor, "usual_memory", lambda: 1000)
+    monkeypatch.setattr(one_call, "usual_memory", lambda: 1000)
     (row,) = predictor.predict(image)
     assert isinstance(row, Failure)
     assert "does not fit into 1000B" in row.error.summary
-    monkeypatch.setattr(executor, "usual_memory", planner.usual_memory)
+    monkeypatch.setattr(one_call, "usual_memory", planner.usual_memory)
     assert isinstance(predictor.predict(image)[0], Prediction)
 
 

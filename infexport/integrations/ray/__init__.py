@@ -8,7 +8,7 @@ from pathlib import Path
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.inference.executor import display_name
+from infexport.inference.items import display_name
 from infexport.inference.options import InferenceOptions
 from infexport.inference.prediction import ImageResult
 from infexport.inference.predictor import Predictor

@@ -13,7 +13,7 @@ import numpy as np
 
 from infexport.errors import InfexportError
 from infexport.images.fetch import is_url
-from infexport.inference.executor import display_name
+from infexport.inference.items import display_name
 from infexport.inference.prediction import Failure, ImageResult
 from infexport.inference.predictor import Predictor, rows_from_columns, to_columns
 from infexport.integrations.ray.cluster import Workers, last_line

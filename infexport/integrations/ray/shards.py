@@ -15,7 +15,8 @@ from infexport.errors import InfexportError
 from infexport.images.fetch import local_copy, named
 from infexport.images.strips import Source
 from infexport.inference import memory
-from infexport.inference.executor import display_name, not_finite, open_source
+from infexport.inference.failures import not_finite
+from infexport.inference.items import display_name, open_source
 from infexport.inference.options import InferenceOptions
 from infexport.inference.planner import no_stages, size_text
 from infexport.inference.prediction import Failure, ImageResult, Prediction
