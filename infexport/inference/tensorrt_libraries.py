@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from infexport.errors import InfexportError
+from infexport.system.atomic_files import write_file
 from infexport.system.dependencies import installed, require
 from infexport.system.gpus import Gpu, Target
 from infexport.system.host import cache_folder
@@ -214,13 +215,11 @@ def errors_in(lines: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def write_cache(file: Path, content: Any) -> None:
-    """Keep a cache for the next time; one that cannot be kept is made again."""
+    """Save a cache for the next process; where it cannot be saved, that makes its own."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")  # another process may be writing its own
-        with partial.open("wb") as out:
-            out.write(memoryview(content.serialize()))
-        partial.replace(file)
+        # another process may be writing the same cache
+        write_file(file, memoryview(content.serialize()), file.with_suffix(f".{os.getpid()}"))
 
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TensorRT(), TensorRTRTX())}

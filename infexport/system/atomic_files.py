@@ -193,6 +193,23 @@ def _exchange(a: Path, b: Path) -> bool:
     return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(2)) == 0
 
 
+def write_file(path: Path, content: bytes | memoryview, partial: Path) -> None:
+    """Write a file that has its old content or all of the new, whatever ends the process.
+
+    Args:
+        path: the file.
+        content: all of its new content.
+        partial: name under which it is written, in the same folder; an earlier file of that name is deleted.
+
+    Raises:
+        OSError: it cannot be written; the old content is untouched.
+    """
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as made:
+        made.write(content)
+    partial.replace(path)
+
+
 def sync(folder: Path) -> None:
     """Have the disk hold all of a folder, so that a power cut cannot leave half of what was put in its place."""
     for place, _, names in os.walk(folder):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from infexport.errors import InfexportError, LastingError
 from infexport.inference.centrality import CENTRALITY
 from infexport.inference.options import TokenDtype
+from infexport.system.atomic_files import write_file
 from infvit.config import InfViTConfig
 
 Rows = NDArray[Any]
@@ -166,13 +167,9 @@ def scratch_errors(path: Path) -> Iterator[None]:
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write a file of a scratch folder, which has its old content or all of the new, whatever ends the process."""
-    partial = file.with_name(f"{file.name}.partial")
+    """Write a file of a scratch folder; see `infexport.system.atomic_files.write_file`."""
     with scratch_errors(file):
-        partial.unlink(missing_ok=True)
-        with partial.open("xb") as made:
-            made.write(content)
-        partial.replace(file)
+        write_file(file, content, file.with_name(f"{file.name}.partial"))
 
 
 def _no_room(path: Path, size: int, error: OSError) -> InfexportError:
