@@ -14,8 +14,8 @@ from infexport.doctor.check import Check, told
 from infexport.doctor.facts import Facts, versions
 from infexport.system import host
 from infexport.system.dependencies import installed_version, parse
+from infexport.system.gpus import GIB
 
-GIB = 2**30
 NEEDED = GIB
 """Bytes that a folder, or the memory, should have; a 53.5M model's bundle takes 250 MB."""
 

@@ -104,7 +104,7 @@ def resolutions(bundle: Bundle, sizes: Sequence[tuple[int, int]] | None, limit: 
 
 def _resolution(bundle: Bundle, height: int, width: int, limit: int) -> Resolution:
     manifest, config = bundle.manifest, bundle.manifest.config
-    tokens = height * width // config.patch_size**2 + 1
+    tokens = config.tokens(height, width)
     work = matmul_cost(config, manifest.folded, tokens)
     options, image = InferenceOptions(), Image(tokens, width)
     auto: ExecutionMode | None
@@ -163,7 +163,7 @@ def read_graph(bundle: Bundle, provider: str | None = None, engine: str | None =
     try:
         _read(graph, bundle)
     except InfexportError as error:
-        graph.unknown.append(f"operators as written: {_in_a_line(error)}")
+        graph.unknown.append(f"operators as written: {error.one_line(hint=True)}")
     try:
         if bundle.changed and not (provider or engine):
             raise InfexportError("a bundle that was changed is not loaded", hint="--provider cpu loads it all the same")
@@ -171,7 +171,7 @@ def read_graph(bundle: Bundle, provider: str | None = None, engine: str | None =
     except InfexportError as error:
         if provider or engine:
             raise
-        graph.unknown.append(f"inputs, outputs and where nodes run: {_in_a_line(error)}")
+        graph.unknown.append(f"inputs, outputs and where nodes run: {error.one_line(hint=True)}")
     return graph
 
 
@@ -197,8 +197,3 @@ def _load(graph: Graph, bundle: Bundle, provider: str, engine: str | None) -> No
             return
     with suppress(InfexportError), OrtRunner(bundle, "cpu") as whole:  # engines run without ONNX Runtime
         graph.inputs, graph.outputs = whole.ports
-
-
-def _in_a_line(error: InfexportError) -> str:
-    said = ": ".join(filter(None, (error.summary, error.details)))
-    return " ".join(f"{said}; {error.hint}".rstrip("; ").split())

@@ -103,7 +103,7 @@ def _measure(row: BenchmarkRow, request: dict[str, Any], precision: str, provide
     try:
         answer = ask(WORKER, request, lambda message: answered.append(time.perf_counter() - started))
     except InfexportError as error:
-        return replace(row, status="failed", reason=in_a_line(error))
+        return replace(row, status="failed", reason=error.one_line())
     if "refused" in answer:
         return replace(row, reason=answer["refused"])
     on_gpu = OnGpu(**answer["on_gpu"]) if "on_gpu" in answer else None
@@ -111,8 +111,3 @@ def _measure(row: BenchmarkRow, request: dict[str, Any], precision: str, provide
     measured = Measured(answer["seconds"], answered[0], answer["peak_memory"], answer["gemm"], on_gpu)
     limit = speed_limit(row.work, row.batch, precision, measured.gemm, provider)
     return replace(row, limit=limit, status="measured", measured=measured)
-
-
-def in_a_line(error: InfexportError) -> str:
-    """What went wrong, for a cell of a table."""
-    return " ".join(f"{error.summary}: {error.details}".rstrip(": ").split())

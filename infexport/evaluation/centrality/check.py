@@ -192,7 +192,7 @@ def validate_centrality(
     failed: list[tuple[Path, InfexportError]] = []
 
     def look(name: str, pixels: NDArray[np.uint8]) -> None:
-        tokens = 1 + pixels.shape[0] * pixels.shape[1] // patch**2
+        tokens = config.tokens(*pixels.shape[:2])
         heads = len(layers) * config.num_heads
         minutes = tokens**2 * heads / PAIRS_PER_SECOND / 60
         if minutes > 1:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from infexport.errors import InfexportError
-from infexport.evaluation.benchmark.benchmark import in_a_line
 from infexport.evaluation.benchmark.result import Spread
 from infexport.system.workers import ending
 from peers.contenders import Contender
@@ -102,7 +101,7 @@ def prepare_all(contenders: Sequence[Contender], folder: Path, settings: Sequenc
         command = [sys.executable, SCRIPT, "--prepare", contender.name, folder, *profile]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            left_out[contender.name] = f"could not be made: {in_a_line(ending(done.returncode, done.stderr))}"
+            left_out[contender.name] = f"could not be made: {ending(done.returncode, done.stderr).one_line()}"
             say(f"  {left_out[contender.name]}")
     return left_out
 
@@ -123,7 +122,7 @@ def started(
             try:
                 worker.answer()
             except InfexportError as error:
-                fail(entry, in_a_line(error))
+                fail(entry, error.one_line())
             else:
                 workers[entry.contender.name] = worker
         yield workers
@@ -179,7 +178,7 @@ def run_round(entries: Sequence[Entry], workers: dict[str, Worker], counts: bool
         try:
             found = workers[entry.contender.name].run()
         except InfexportError as error:
-            fail(entry, in_a_line(error))
+            fail(entry, error.one_line())
             continue
         entry.peak_memory = found["peak_memory"]
         if counts:
