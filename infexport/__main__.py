@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-TYPE_CHECKING = False  # until `main` has begun, an interrupt is Python's to tell: no import that can wait
+TYPE_CHECKING = False  # until `main` has begun, Python reports an interrupt: import no more than necessary
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 3 a bug in infexport; 128 and a signal's number
-    where one has ended it: 130 where it was interrupted, 141 where nobody reads its output any more.
+    Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 3 a bug in infexport. A signal ends it with 128 and
+    the signal's number: 130 for an interrupt, 141 where nobody reads its output any more.
     """
     _on_signals(_end_now)
     from infexport.cli import cli
@@ -47,12 +47,12 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End with what is half-written cleaned up."""
+    """End after cleaning up what is half-written."""
     sys.exit(128 + number)
 
 
 def _end_now(number: int, frame: FrameType | None) -> None:
-    """End where there is nothing to clean up: Python's imports and its own end print exceptions, or lose them."""
+    """End at once, with nothing to clean up: during imports and shutdown, Python prints exceptions or loses them."""
     if number == signal.SIGINT:
         try:  # noqa: SIM105
             os.write(2, b"interrupted\n")

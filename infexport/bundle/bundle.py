@@ -111,7 +111,7 @@ class Bundle:
         """Every engine that has a sidecar; hashed once for an opened bundle.
 
         Raises:
-            InfexportError: as of `sidecars`.
+            InfexportError: see `sidecars`.
         """
         return [self._engine(sidecar) for sidecar in self.sidecars]
 
@@ -132,7 +132,7 @@ class Bundle:
         return Engine(engine.name, "current" if is_current else "stale", record)
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines: the manifest, where it lies, what changed, and its engines."""
+        """Return the bundle for JSON: its manifest, path, changed files and engines."""
         state = {"bundle": str(self.path), "verified": self.verified, "changed": list(self.changed)}
         return state | {"engines": [engine.to_dict() for engine in self.engines]} | self.manifest.to_dict()
 
@@ -200,7 +200,7 @@ def _steadily(path: Path, look: Callable[[], T]) -> T:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Of a folder; its number alone may be given to the next one."""
+    """Return a folder's stamp; its inode number alone may be reused by the next folder."""
     try:
         status = path.stat()
     except OSError:
@@ -247,7 +247,7 @@ def _check_free(path: Path, force: bool) -> None:
 
 
 def _foreign(path: Path) -> list[str]:
-    """What is in a bundle's folder and not its own."""
+    """Return the names in a bundle's folder that are not part of the bundle."""
     own = {FILE, ENGINES, *read_manifest(path / FILE).files}
     foreign = [item.name for item in listed(path) if item.name not in own and not item.match(f"{PREFIX}*")]
     engines = listed(path / ENGINES)

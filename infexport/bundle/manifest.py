@@ -82,7 +82,7 @@ class NeumannSeries:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself.
+    """Description of a bundle, stored in it.
 
     Attributes:
         config: the network's shape.
@@ -186,7 +186,7 @@ def read_sealed(file: Path) -> tuple[dict[str, Any], bool]:
 
 
 def read_manifest(file: Path) -> Manifest:
-    """A manifest, as of `load_manifest`."""
+    """Read a manifest; see `load_manifest`."""
     return load_manifest(file)[0]
 
 
@@ -236,7 +236,7 @@ def _texts(value: Any) -> bool:
 
 
 def _hashes(value: Any) -> bool:
-    """Of files of one folder: a name with `..` could be made to name any file of this machine."""
+    """Check hashes of files in one folder: a name with `..` could name any file of this machine."""
     return _texts(value) and all(map(is_plain_name, value))
 
 
@@ -272,11 +272,11 @@ _GIVEN: dict[StageScope, set[str]] = {
     StageScope.PAIRS: set(),
     StageScope.CLASS_TOKEN: set(),
 }
-"""What a stage is called for → what it is given that no other stage makes."""
+"""Scope of a stage → its inputs that no other stage makes."""
 
 
 def _stages(value: Any) -> bool:
-    """Whether every stage can be run after those before it, with the optional ones and without."""
+    """Tell whether each stage can run after those before it, with and without the optional ones."""
     if not isinstance(value, list) or not all(map(_stage, value)):
         return False
     return all(

@@ -23,7 +23,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Whether the files are what was recorded.
+    """Comparison of files with their recorded hashes.
 
     Attributes:
         checkpoint: as a whole; `unreadable` where this user may not read it.

@@ -1,4 +1,4 @@
-"""What a bundle is, in words."""
+"""Descriptions of a bundle for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infexport.bundle.manifest import Manifest
 
 
 def bundle_warnings(manifest: Manifest) -> list[str]:
-    """What a user must know before trusting the answers."""
+    """Return warnings that a user must read before trusting the answers."""
     overridden = [f"a config of the checkpoint says otherwise: {sentence}" for sentence in manifest.overridden]
     if manifest.finetuned:
         return overridden
@@ -47,7 +47,7 @@ def summary_lines(bundle: Bundle) -> list[str]:
 
 
 def manifest_lines(bundle: Bundle) -> list[str]:
-    """What `inspect` shows besides: preprocessing, and what was assumed."""
+    """Return further lines for `inspect`: preprocessing, and what was assumed."""
     manifest = bundle.manifest
     transform = dataclasses.asdict(manifest.preprocessing)
     pixels = {name: transform.pop(name) for name in ("mean", "std")}

@@ -54,7 +54,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """Find images as `expand_folders` does, without the heat maps of earlier runs.
 
     Raises:
-        InfexportError: as of `expand_folders`, or there are only heat maps.
+        InfexportError: see `expand_folders`; or there are only heat maps.
     """
     return without_drawn(expand_folders(paths))
 
@@ -176,14 +176,14 @@ def read_image(path: Path | str) -> Pixels:
 
 
 def pixels_from(image: Image.Image, name: str) -> Pixels:
-    """The pixels of an image that Pillow has opened or made, as `read_image` gives those of a file.
+    """Return the pixels of an image of Pillow, like `read_image` those of a file.
 
     Args:
         image: of any mode, loaded or not.
         name: how errors call it.
 
     Raises:
-        InfexportError: as of `read_image`.
+        InfexportError: see `read_image`.
     """
     limit = _set_limit()
     with _decoder_errors(name, limit):

@@ -54,7 +54,7 @@ def local_copy(item: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def named(item: object, file: object) -> Iterator[None]:
-    """Have errors and log records name an item, not the local copy of it that they are about.
+    """Rename the local copy to the item in errors and log records of the block.
 
     Args:
         item: as the user gave it; where it is no URL, nothing is changed.
@@ -175,7 +175,7 @@ def _reword(error: InfexportError, change: Callable[[str], str]) -> None:
 
 @contextmanager
 def _errors(url: str) -> Iterator[None]:
-    """What a file system says, which may be anything, as our error."""
+    """Raise any error of a file system as an `InfexportError`."""
     require("fsspec", extra="scale")
     try:
         yield

@@ -75,7 +75,7 @@ def fit(
 
 
 def resized(image: Pixels, size: Literal["trained", "native"] | int, transform: EvalTransform) -> Pixels:
-    """The first half of `fit`: an image by the transform, its sides not yet whole patches.
+    """Apply the transform alone, the first half of `fit`; the sides need not be whole patches.
 
     Raises:
         InfexportError: an array or a size it cannot take.
@@ -93,7 +93,7 @@ def resized(image: Pixels, size: Literal["trained", "native"] | int, transform: 
 
 
 def patch_grid(height: int, width: int, patch_size: int, edge: Edge) -> tuple[int, int]:
-    """Patches along both sides of an image, the last ones completed (`pad`) or cut off (`crop`).
+    """Return the patches along both sides of an image, the last ones completed (`pad`) or cut off (`crop`).
 
     Raises:
         InfexportError: cutting leaves nothing.
@@ -108,11 +108,11 @@ def patch_grid(height: int, width: int, patch_size: int, edge: Edge) -> tuple[in
 def window(
     image: tuple[int, int], size: Literal["trained", "native"] | int, transform: EvalTransform
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """What `resized` leaves of an image: its top and left, in the image's pixels; how many of these are one of its own.
+    """Return the part of an image that `resized` keeps: top and left, and source pixels per pixel of the result.
 
     Args:
         image: height and width in pixels.
-        size, transform: as of `fit`.
+        size, transform: see `fit`.
     """
     if size == "native":
         return (0, 0), (1, 1)
@@ -134,7 +134,7 @@ def _complete(image: Pixels, height: int, width: int) -> Fitted:
 def _resize(
     height: int, width: int, transform: EvalTransform
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Of an image of this height and width: both when it is resized, top and left of the crop, and the crop's own."""
+    """Return the sides of the resized image, top and left of the crop, and the sides of the crop."""
     resize, crop = transform.resize_size, transform.crop_size
     if transform.resize_mode == "exact":
         new_h = new_w = resize
@@ -165,7 +165,7 @@ def _resize_and_crop(image: Pixels, transform: EvalTransform) -> Pixels:
 
 
 def _needed(length: int, new_length: int, start: int, kept: int) -> tuple[slice, float, float]:
-    """What decides [start, start + kept) of a side resized to new_length: source pixels, a box in them."""
+    """Return the source pixels that decide [start, start + kept) of a side resized to new_length, and a box in them."""
     scale = length / new_length
     first, last = start * scale, (start + kept) * scale
     reach = 4 * max(scale, 1)  # Lanczos, the widest filter, sees 3 source pixels, or 3 output pixels' worth

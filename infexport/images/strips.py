@@ -51,7 +51,7 @@ class Rows(Protocol):
 
 
 class ArrayRows:
-    """Of an image that is in memory, uint8 `[H, W, 3]`."""
+    """Rows of an image in memory, uint8 `[H, W, 3]`."""
 
     reader = f"Pillow {PIL.__version__}"
 
@@ -92,7 +92,7 @@ class Source:
         return self.grid[0] * self.grid[1] + 1
 
     def strips(self, patches: range, chunk: int, max_rows: int | None = None) -> Iterator[tuple[int, dict[str, Array]]]:
-        """What the `image` stage takes, in order; the next strip is read while this one is used.
+        """Yield the inputs of the `image` stage, in order; the next strip is read while one is used.
 
         Args:
             patches: from where an earlier call was done, to the end of a row.
@@ -147,7 +147,7 @@ def _vips() -> ModuleType:
 
 
 class VipsRows:
-    """Of a file, by libvips: TIFF (BigTIFF, tiled, pyramidal), PNG, JPEG and WebP.
+    """Rows of a file, read by libvips: TIFF (BigTIFF, tiled, pyramidal), PNG, JPEG and WebP.
 
     Upright, transparency over white, 16 bits scaled to 8, as `infexport.images.decode.read_image` has it.
 
@@ -220,7 +220,7 @@ _LOADERS = (
     (rb"II[*+]\0|MM\0[*+]", "tiffload_source"),
     (rb"RIFF....WEBP", "webpload_source"),
 )
-"""How a file begins, and what reads it: libvips has loaders, too, that run other programs or read other files."""
+"""First bytes of a file → its loader. Others of libvips' loaders run programs or read further files."""
 
 
 def _find_loader(path: Path) -> str:
@@ -233,7 +233,7 @@ def _find_loader(path: Path) -> str:
 
 
 class SlideRows:
-    """Of a whole-slide image, level 0, by OpenSlide."""
+    """Rows of a whole-slide image, level 0, read by OpenSlide."""
 
     loaded = 0
 

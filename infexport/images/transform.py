@@ -45,7 +45,7 @@ class Preprocessing:
 
     Attributes:
         mean, std: of pixels in [0, 1], a number per channel.
-        resize_mode, resize_size, crop_size, interpolation: as of `EvalTransform`.
+        resize_mode, resize_size, crop_size, interpolation: see `EvalTransform`.
     """
 
     mean: Sequence[float]

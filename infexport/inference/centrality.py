@@ -1,4 +1,4 @@
-"""How much every token is attended to, as a map over the image."""
+"""Maps of the attention that each token receives."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Map = NDArray[np.float32]
 CENTRALITY = "centrality"
 """Its name, among the outputs of graphs and stages."""
 MOST_NUMBERS = 2**24
-"""Of one image's maps, of all layers and heads: larger grids are summed up in cells."""
+"""Most numbers in one image's maps, over all layers and heads; patches of larger grids are summed in cells."""
 
 
 @dataclass(frozen=True)
 class Centrality:
-    """Of Linear-InfSA the normalised scores, of Pure InfSA the column sums of the Neumann series (Katz centrality).
+    """Centrality maps: normalised scores in Linear-InfSA, column sums of the Neumann series (Katz) in Pure InfSA.
 
     Attributes:
         cells: float32 `[layers, heads, rows, columns]`, summed over the patches of a cell.
@@ -35,9 +35,9 @@ class Centrality:
 
     @property
     def shares(self) -> Map:
-        """Of everything that a layer and head attends to, the class token included, `[layers, heads, rows, columns]`.
+        """Share of each cell in all that a layer and head attends to, `[layers, heads, rows, columns]`.
 
-        Zero where a head attends to nothing.
+        The class token counts in the total. Zero where a head attends to nothing.
         """
         total = self.cells.sum((-2, -1), dtype=np.float64) + self.class_token
         return (self.cells / np.where(total > 0, total, 1)[..., None, None]).astype(np.float32)
@@ -84,5 +84,5 @@ def summed(rows: Map, step: int) -> Map:
 
 
 def centrality_from_tokens(tokens: Map, grid: tuple[int, int]) -> Centrality:
-    """Of the centrality of every token, `[layers, heads, 1 + h·w]`, the class token first."""
+    """Build the maps from the centrality of every token, `[layers, heads, 1 + h·w]`, the class token first."""
     return Centrality(tokens[..., 1:].reshape(*tokens.shape[:2], *grid), tokens[..., 0], grid, 1)

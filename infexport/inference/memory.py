@@ -1,6 +1,6 @@
-"""How much memory a run takes, before it is run: peak resident bytes of the whole process, on a CPU.
+"""Estimates of a run's memory before it starts: peak resident bytes of the whole process, on a CPU.
 
-Sums of what is there at the worst moment. How many copies of it there are is ONNX Runtime's affair and was measured
+Each estimate sums the arrays that exist at the peak. The number of copies that ONNX Runtime holds was measured
 (docs/streaming.md); `scripts/benchmarks/bench_stream.py` measures it again.
 """
 
@@ -18,14 +18,14 @@ from infvit.stage_scope import StageScope
 PROCESS = 105_000_000
 """Python with numpy, Pillow, libvips and ONNX Runtime."""
 DRAWING, PANEL, CANVAS = 120_000_000, 650_000, 7
-"""Matplotlib with a map over its overview; a panel more; bytes of a pixel of the picture, while it is written."""
+"""Matplotlib with a map over its overview; each further panel; bytes of a pixel of the picture, while it is written."""
 F32 = 4
 TILE_ROWS = 4 * 256
 """Rows of pixels that libvips holds of a tiled image."""
 
 
 def _activations(manifest: Manifest) -> int:
-    """Of a token, where a layer is widest: around the GELU, with some rows of E beside it, and its patch."""
+    """Return the bytes of a token at a layer's widest point: the GELU, some rows of E, and the token's patch."""
     config = manifest.config
     hidden, beside = (4 * F32, 5) if manifest.precision != "int8" else (3 * F32 + 1, 4)
     beside += 2 if config.variant == "pure_infsa" else 0
@@ -35,7 +35,7 @@ def _activations(manifest: Manifest) -> int:
 
 
 def whole(manifest: Manifest, weights: int, tokens: int, batch: int = 1) -> int:
-    """Of the whole graph.
+    """Return the peak memory of the whole graph.
 
     Args:
         manifest: of the bundle.
@@ -55,7 +55,7 @@ def streamed(
     on_disk: bool,
     centrality: bool = False,
 ) -> int:
-    """Of a streamed run.
+    """Return the peak memory of a streamed run.
 
     Args:
         manifest: of a bundle with stages.
@@ -64,7 +64,7 @@ def streamed(
         chunk: tokens at a time.
         token_dtype: in which tokens are kept.
         on_disk: tokens are kept in a scratch file, not in memory.
-        centrality: of the tokens is asked for.
+        centrality: tokens' centrality is asked for.
     """
     config = manifest.config
     assert manifest.stages is not None, "the caller checks that there are stages"
@@ -89,7 +89,7 @@ def streamed(
 def kept(
     manifest: Manifest, tokens: int, chunk: int, token_dtype: TokenDtype, on_disk: bool, centrality: bool = False
 ) -> int:
-    """Of the tokens of a streamed run, wherever they are kept; the arguments are those of `streamed`."""
+    """Return the bytes of a streamed run's tokens, in memory or on disk; for the arguments see `streamed`."""
     config = manifest.config
     assert manifest.stages is not None, "the caller checks that there are stages"
     stages, total = select_stages(manifest.stages, centrality), 0
@@ -100,11 +100,11 @@ def kept(
 
 
 def drawing(manifest: Manifest, detail: str) -> int:
-    """Memory that drawing an image's heat map takes, beside the numbers.
+    """Return the memory for drawing an image's heat map, without the numbers.
 
     Args:
         manifest: of the bundle.
-        detail: as of `heatmaps.draw_figure`.
+        detail: see `infexport.outputs.heatmaps.draw_figure`.
     """
     depth, heads = manifest.config.depth, manifest.config.num_heads
     panels = {"mean": 2, "layers": depth, "heads": depth * heads}[detail]

@@ -1,4 +1,4 @@
-"""Which way an image is run: the whole graph, or in chunks with its tokens in memory or on disk."""
+"""Choice of an image's execution mode: whole, or streamed in chunks with its tokens in memory or on disk."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from infexport.system.host import available_memory
 ExecutionMode = Literal["whole", "memory", "disk"]
 
 WHOLE_TOKENS = 4096
-"""With more, chunks are the faster way, too: they stay in a CPU's cache."""
+"""Images of more tokens run faster in chunks, which stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """What an image costs before it is run.
+    """Size of an image, for estimates of its memory.
 
     Attributes:
         tokens: patches and the class token.
-        width: in pixels, completed.
+        width: in pixels, completed to whole patches.
         loaded: bytes of pixels that are in memory even when it is streamed.
     """
 
@@ -35,17 +35,17 @@ class Image:
 
 
 def usual_memory() -> int:
-    """Bytes that a process may take where the user does not say: 80% of what is free now."""
+    """Return the bytes that a process may take by default: 80% of the memory that is free now."""
     return int(0.8 * available_memory())
 
 
 def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: int = CHUNK) -> dict[ExecutionMode, int]:
-    """Peak resident bytes of every way that the bundle has.
+    """Return the peak resident bytes of every mode that the bundle supports.
 
     Args:
         bundle: opened.
         options: of the run.
-        image: one of `options.batch_size` that are run at once, where they are run whole.
+        image: one image; `options.batch_size` of them are run at once in the mode `whole`.
         chunk: tokens at a time, streamed.
     """
     manifest = bundle.manifest
@@ -54,11 +54,11 @@ def estimates(bundle: Bundle, options: InferenceOptions, image: Image, chunk: in
         "whole": memory.whole(manifest, bundle.weights, image.tokens, options.batch_size)
     }
     if manifest.stages is not None:
-        for way in ("memory", "disk"):
-            found[way] = image.loaded + memory.streamed(
-                manifest, image.tokens, image.width, chunk, options.tokens, way == "disk", options.centrality
+        for mode in ("memory", "disk"):
+            found[mode] = image.loaded + memory.streamed(
+                manifest, image.tokens, image.width, chunk, options.tokens, mode == "disk", options.centrality
             )
-    return {way: size + drawing for way, size in found.items()}
+    return {mode: size + drawing for mode, size in found.items()}
 
 
 def choose(
@@ -69,47 +69,47 @@ def choose(
     chunk: int = CHUNK,
     execution: Execution | None = None,
 ) -> ExecutionMode:
-    """Choose the way to run an image.
+    """Choose the mode in which an image is run.
 
     Args:
-        bundle, options, image, chunk: as of `estimates`.
+        bundle, options, image, chunk: see `estimates`.
         room: bytes that the process may take.
-        execution: in the place of that of the options.
+        execution: replaces that of the options.
 
     Raises:
-        InfexportError: none fits, with the smallest that would do; or the bundle has no stages.
+        InfexportError: no mode fits, and names the smallest amount that would do; or the bundle has no stages.
     """
     found = estimates(bundle, options, image, chunk)
     execution = execution or options.execution
     if execution == "stream" and bundle.manifest.stages is None:
         raise no_stages()
-    ways: list[ExecutionMode] = ["whole"]
+    modes: list[ExecutionMode] = ["whole"]
     if execution != "whole" and bundle.manifest.stages is not None:
-        ways = ["memory", "disk"] if options.scratch is None else ["disk"]
+        modes = ["memory", "disk"] if options.scratch is None else ["disk"]
         if execution == "auto" and options.scratch is None:
-            ways.insert(0 if image.tokens <= WHOLE_TOKENS + 1 else 1, "whole")
-    for way in ways:
-        if found[way] <= room:
-            return way
-    least = min(found, key=lambda way: found[way])
+            modes.insert(0 if image.tokens <= WHOLE_TOKENS + 1 else 1, "whole")
+    for mode in modes:
+        if found[mode] <= room:
+            return mode
+    least = min(found, key=lambda mode: found[mode])
     batch = options.batch_size
     how = {
         "whole": "--execution whole" + (f" with --batch-size {batch}" if batch > 1 else ""),
         "memory": "--execution stream",
         "disk": "--execution stream with tokens on disk",
     }
+    images = f"a batch of {batch} images" if batch > 1 and modes == ["whole"] else "an image"
     raise InfexportError(
-        f"{f'a batch of {batch} images' if batch > 1 and ways == ['whole'] else 'an image'} of {image.tokens:,} tokens "
-        f"does not fit into {size_text(room)}",
-        "\n".join(f"{how[way]} needs about {size_text(found[way])}" for way in ways),
+        f"{images} of {image.tokens:,} tokens does not fit into {size_text(room)}",
+        "\n".join(f"{how[mode]} needs about {size_text(found[mode])}" for mode in modes),
         f"the smallest that would do: --memory {size_text(found[least], up=True)}"
-        + ("" if least in ways else f" and {how[least]}")
-        + ("; or a smaller --batch-size" if batch > 1 and "whole" in ways else ""),
+        + ("" if least in modes else f" and {how[least]}")
+        + ("; or a smaller --batch-size" if batch > 1 and "whole" in modes else ""),
     )
 
 
 def no_stages() -> InfexportError:
-    """The error of a bundle that cannot be streamed."""
+    """Build the error of a bundle that cannot be streamed."""
     return InfexportError(
         "this bundle has no stages to stream through",
         "it was converted with --no-fold, or by an earlier infexport",
@@ -118,11 +118,11 @@ def no_stages() -> InfexportError:
 
 
 def size_text(size: int, up: bool = False) -> str:
-    """Write bytes as people do them, and as `--memory` reads them; `up` never says less than it is."""
+    """Format bytes for people and in the syntax of `--memory`; `up` rounds up."""
     unit, name, step = next(each for each in _UNITS if size >= each[0] or each[0] == 1)
     number = size / unit * step
     return f"{(math.ceil(number) if up else round(number)) / step:.2f}".rstrip("0").rstrip(".") + name
 
 
 _UNITS = ((2**30, "GiB", 100), (2**20, "MiB", 1), (2**10, "KiB", 1), (1, "B", 1))
-"""Least size, its unit's name, and the steps in which one unit is told."""
+"""Least size, name of its unit, and steps in one unit."""

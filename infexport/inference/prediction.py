@@ -1,4 +1,4 @@
-"""Logits → labels, and files that hold them."""
+"""Results of images: predictions and failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from infexport.system.progress import ProgressEvent
 
 
 def top_k(logits: NDArray[Any], k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
-    """As of `Prediction.top_k`, of logits `[classes]`."""
+    """Return the k likeliest classes of logits `[classes]`; see `Prediction.top_k`."""
     exponents = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = exponents / exponents.sum()
     order = np.argsort(-probabilities, kind="stable")[:k]
@@ -50,7 +50,7 @@ class Prediction:
     centrality: Centrality | None = None
 
     def top_k(self, k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
-        """The k likeliest classes, likeliest first: `index`, `label` and `probability` (softmax, float64)."""
+        """Return the k likeliest classes, likeliest first: `index`, `label` and `probability` (softmax, float64)."""
         return top_k(self.logits, k, labels)
 
     def to_dict(self, k: int, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Answered(ProgressEvent):
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be read or run; the others go on."""
+    """An image that could not be read or run; it does not stop the others."""
 
     file: str
     error: InfexportError
@@ -83,11 +83,11 @@ class Failure:
     def text(self) -> str:
         """The error in one line."""
         text = "; ".join(filter(None, [self.error.summary, *self.error.details.splitlines()]))
-        return text.encode("utf-8", "replace").decode()  # a file's name in it may be no UTF-8
+        return text.encode("utf-8", "replace").decode()  # a file name in it may not be UTF-8
 
     def to_dict(self) -> dict[str, str]:
         return {"file": self.file, **self.error.to_dict()}
 
 
 ImageResult = Prediction | Failure
-"""What there is to say of an image."""
+"""Result of one image."""

@@ -85,7 +85,7 @@ class Predictor:
 
     @classmethod
     def of(cls, bundle: Bundle, options: InferenceOptions, opening: RunnerFactory | None = None) -> Self:
-        """Make a predictor of a bundle that is open already; `opening` as of `executor.Run`."""
+        """Make a predictor of a bundle that is open already; for `opening` see `executor.Run`."""
         self = cls.__new__(cls)
         self._options, self._digest = options, None
         self._begin(bundle.path.absolute())
@@ -120,7 +120,7 @@ class Predictor:
         """Opened, its hashes checked.
 
         Raises:
-            InfexportError: as of `open_bundle`.
+            InfexportError: see `open_bundle`.
         """
         with self._lock:
             return self._open()
@@ -138,7 +138,7 @@ class Predictor:
         Args:
             images: files, URLs (extra `scale`), uint8 RGB arrays `[H, W, 3]`, or images of Pillow, of any sizes.
             listener: told of it, in this thread.
-            keep_centrality: as of `infexport.inference.executor.Run`.
+            keep_centrality: see `infexport.inference.executor.Run`.
 
         Raises:
             InfexportError: the bundle cannot be run at all, or these are no images.
@@ -189,7 +189,7 @@ class Predictor:
 def to_columns(
     rows: Sequence[ImageResult], labels: Sequence[str] | None, classes: int, embed_dim: int
 ) -> dict[str, NDArray[Any]]:
-    """Rows as columns; as of `Predictor.__call__`."""
+    """Return rows as columns; see `Predictor.__call__`."""
     found = [row if isinstance(row, Prediction) else None for row in rows]
     none = np.full(classes, np.nan, np.float32), np.full(embed_dim, np.nan, np.float32)
     tops = [None if row is None else row.top_k(1, labels)[0] for row in found]
@@ -218,7 +218,7 @@ def to_columns(
 
 
 def rows_from_columns(columns: Mapping[str, Any]) -> list[ImageResult]:
-    """What `to_columns` made columns of."""
+    """Return the rows from which `to_columns` made columns."""
     rows: list[ImageResult] = []
     for i, file in enumerate(columns["file"]):
         if columns["error"][i]:

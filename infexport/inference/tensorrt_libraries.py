@@ -42,19 +42,19 @@ class Backend(Protocol):
         ...
 
     def version(self) -> str | None:
-        """Of what is installed, as the module has it; None where nothing is."""
+        """Return the installed module's version; None where it is not installed."""
         ...
 
     def refusal(self, target: Target, gpu: Gpu | None) -> str:
-        """Why it cannot build for a target on a machine with this GPU; empty where it can."""
+        """Return why it cannot build for a target on a machine with this GPU; empty where it can."""
         ...
 
     def aim(self, trt: ModuleType, config: Any, target: Target) -> None:
-        """Tell a builder's config the target."""
+        """Set the target in a builder's config."""
         ...
 
     def context(self, engine: Any, key: str, stack: ExitStack) -> Any:
-        """What runs a loaded engine, whose content `key` tells; `stack` is closed when it is done."""
+        """Return the execution context of a loaded engine; `key` identifies its content, `stack` closes with it."""
         ...
 
 
@@ -165,7 +165,7 @@ class TensorRTRTX:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """What the dynamic loader raises, which is what it likes, as an error for people."""
+    """Raise any error of the dynamic loader as an `InfexportError`."""
     try:
         yield
     except Exception as error:
@@ -175,7 +175,7 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _find_libraries(folders: Iterable[Path]) -> None:
-    """Have Polygraphy look for CUDA's runtime library in these folders, too: it goes by this variable."""
+    """Add folders to LD_LIBRARY_PATH, in which Polygraphy looks for CUDA's runtime library."""
     known = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
     added = [str(folder) for folder in folders if str(folder) not in known]
     os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*added, *known]))
@@ -210,7 +210,7 @@ def library_log(trt: ModuleType) -> Any:
 
 
 def errors_in(lines: Iterable[tuple[str, str]]) -> list[str]:
-    """The errors among a log's lines, each once."""
+    """Return the errors among a log's lines, each once."""
     return list(dict.fromkeys(message for severity, message in lines if severity.endswith("ERROR")))
 
 
@@ -223,11 +223,11 @@ def write_cache(file: Path, content: Any) -> None:
 
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TensorRT(), TensorRTRTX())}
-"""Those of data centres first: `auto` takes the first that can."""
+"""Backends by name, those of data centres first: `auto` takes the first that can build."""
 
 
 def choose(asked: str, target: Target, gpu: Gpu | None) -> tuple[Backend, str]:
-    """The backend to build with, and why.
+    """Return the backend to build with, and the reason.
 
     Args:
         asked: one of BACKENDS, or `auto`.

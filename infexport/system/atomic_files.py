@@ -15,7 +15,7 @@ from pathlib import Path
 from infexport.errors import InfexportError
 
 PREFIX = ".infexport-partial-"
-"""Of folders in which something is made, beside where it shall be; a process has its own locked while it lives."""
+"""Prefix of folders in which something is made, next to its final place; a process keeps its own locked."""
 PATIENCE = 60.0
 """Seconds that a process waits for another one which puts something in the same place; it takes milliseconds."""
 _EXCHANGE = {"linux": ("renameat2", -100), "darwin": ("renameatx_np", -2)}
@@ -173,7 +173,7 @@ def _replace(new: Path, path: Path) -> None:
 
 
 def backup_path(path: Path) -> Path:
-    """Where `put` keeps what it replaces, on file systems that cannot exchange."""
+    """Return where `put` keeps the folder that it replaces, on file systems that cannot exchange."""
     return path.with_name(f".{path.name}.infexport-replaced")
 
 
@@ -211,7 +211,7 @@ def write_file(path: Path, content: bytes | memoryview, partial: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Have the disk hold all of a folder, so that a power cut cannot leave half of what was put in its place."""
+    """Flush a folder to disk, so that a power cut cannot leave half of it."""
     for place, _, names in os.walk(folder):
         for name in names:
             sync_entry(Path(place) / name)
@@ -219,7 +219,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_entry(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to disk."""
     with suppress(OSError):  # a file system that cannot, or Windows' folders
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:

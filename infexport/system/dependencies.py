@@ -16,7 +16,7 @@ def installed(module: str) -> bool:
 
 
 def importable(module: str) -> bool:
-    """Whether a module can be imported: one that is installed may want a library that the system has not."""
+    """Tell whether a module can be imported: an installed one may need a library that the system lacks."""
     if not installed(module):
         return False
     try:
@@ -115,7 +115,7 @@ def parse(line: str) -> Requirement:
 
 
 def wanted() -> list[Requirement]:
-    """What infexport's metadata asks for, except for its own development; empty where it has none."""
+    """Return the requirements in infexport's metadata, without those for its development; empty where it has none."""
     try:
         lines = importlib.metadata.requires("infexport") or []
     except importlib.metadata.PackageNotFoundError:
@@ -126,7 +126,7 @@ def wanted() -> list[Requirement]:
 
 
 def installed_version(package: str) -> str | None:
-    """Of what is installed; None where nothing is."""
+    """Return the version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -149,7 +149,7 @@ def _holds(version: str, operator: str, bound: str) -> bool:
 
 
 def _key(version: str) -> tuple[tuple[int, ...], bool]:
-    """What sorts versions as they came; what comes before a release has no order of its own."""
+    """Return a key that sorts versions; the pre-releases of one release compare equal."""
     release = _release(version)
     while release and not release[-1]:
         release = release[:-1]

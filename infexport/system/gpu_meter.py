@@ -1,4 +1,4 @@
-"""What a GPU draws and holds, by NVIDIA's management library. Where it doesn't tell, the reason instead."""
+"""Energy and memory of a GPU, read through NVIDIA's management library; where it gives none, the reason."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Meter:
             self._nvml = self._handle = None
 
     def joules(self) -> float | None:
-        """What the GPU has drawn since its driver was loaded; None where it does not count.
+        """Energy of the GPU since its driver was loaded; None where it does not count.
 
         The counter moves every 20 to 100 ms: between two readings there should be a second.
         """
@@ -107,7 +107,7 @@ class Meter:
             self._sampler.join()
 
     def _read(self, what: str, read: Callable[[], T]) -> T | None:
-        """What NVML says; None where it does not, and the reason is kept, once."""
+        """Return a reading of NVML; None where it fails, and the first reason is kept."""
         assert self._nvml is not None
         try:
             return read()

@@ -28,7 +28,7 @@ def usable_cores() -> int:
 
 
 def has_int8_products() -> bool:
-    """Whether the processor multiplies 8-bit numbers into 32-bit sums; where Linux doesn't say, it is taken to."""
+    """Tell whether the processor multiplies 8-bit numbers into 32-bit sums; assumed where Linux does not say."""
     try:
         words = set(CPUINFO.read_text().split())
     except OSError:
@@ -105,5 +105,5 @@ def available_memory() -> int:
 
 
 def cache_folder() -> Path:
-    """Where infexport keeps what can be made again: in the user's cache."""
+    """Return infexport's folder in the user's cache, for files that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infexport"

@@ -19,7 +19,7 @@ class Status(ProgressEvent):
 
 @dataclass(frozen=True)
 class ItemsDone(ProgressEvent):
-    """So many more items (images, cases, heads) are done."""
+    """Further items (images, cases, heads) are done."""
 
     count: int = 1
 
@@ -34,7 +34,7 @@ class SessionOpened(ProgressEvent):
 
 @dataclass(frozen=True)
 class StageProgress(ProgressEvent):
-    """So many of the rows of a stage are done, of an image that is streamed."""
+    """Rows of a stage are done, of a streamed image."""
 
     file: str
     stage: int
@@ -44,7 +44,7 @@ class StageProgress(ProgressEvent):
 
 @dataclass(frozen=True)
 class PhaseProgress(ProgressEvent):
-    """So many steps of a phase of a build are done."""
+    """Steps of a phase of a build are done."""
 
     name: str
     done: int

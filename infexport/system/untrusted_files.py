@@ -83,7 +83,7 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a text is the name of a file in a folder, and nothing that leads elsewhere."""
+    """Tell whether a text is a plain file name that cannot lead out of its folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         return False
     try:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, unquote_plus
 
 HIDDEN = "…"
-"""In the place of a secret."""
+"""Text that replaces a secret."""
 SHORT = 4
 """Characters: shorter secrets are hidden only where they stand alone, else no word would be left."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")

@@ -36,12 +36,12 @@ def ask(
     heard: Callable[[Message], None] = lambda message: None,
     limit: float | None = None,
 ) -> Message:
-    """All that a worker says, its messages as one.
+    """Run a worker and return its messages merged into one.
 
     Args:
-        command: as of `worker_command`.
+        command: see `worker_command`.
         request: for its stdin.
-        heard: told of every message when it comes.
+        heard: called with every message when it arrives.
         limit: seconds after which it is ended, with all that it has started.
 
     Raises:
@@ -136,7 +136,7 @@ def _end(program: subprocess.Popen[Any], late: threading.Event | None = None) ->
 
 
 def ending(code: int, messages: str) -> Ended:
-    """How a process ended that should not have, from its exit code and what it wrote to stderr."""
+    """Describe the unexpected end of a process, from its exit code and stderr."""
     if code < 0:
         name = signal.Signals(-code).name
         return Ended(f"the process was killed by {name}", "out of memory, most likely" * (name == "SIGKILL"))

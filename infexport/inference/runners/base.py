@@ -61,7 +61,7 @@ class ImageRunner(_Runner):
 
     @property
     def placement(self) -> Placement:
-        """Where the nodes run, once the runner is entered; empty where that is not known."""
+        """Placement of the nodes, once the runner is entered; empty where that is not known."""
         return {}
 
     def takes(self, shape: Sequence[int]) -> bool:

@@ -72,7 +72,7 @@ class OrtRunner(ImageRunner):
 
     @property
     def placement(self) -> Placement:
-        """Where the nodes run, once the runner is entered."""
+        """Placement of the nodes, once the runner is entered."""
         return read_placement(self._session)
 
     @property

@@ -1,4 +1,4 @@
-"""Images of any size in bounded memory: chunks of tokens, swept through the stages of a bundle."""
+"""Images of any size in bounded memory: chunks of tokens pass through the stages of a bundle."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from infexport.inference.streaming.resume import Scratch
 from infexport.inference.streaming.token_store import Stores, Unproven
 
 CHUNK = 1024
-"""Tokens at a time: their hidden layer stays in a CPU's cache, and a matrix product loses nothing."""
+"""Tokens of a chunk: their hidden layer fits a CPU's cache, and matrix products run at full speed."""
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """What came of an image.
+    """Result of a streamed image.
 
     Attributes:
         logits: `[classes]`.
@@ -67,9 +67,9 @@ def stream(
             left is proven to be what it wrote. None keeps them in memory.
         chunk: tokens at a time.
         token_dtype: dtype in which tokens are kept.
-        progress: told of every chunk; stages are counted as `driver.select_stages` gives them.
+        progress: called after every chunk; stages are counted as `driver.select_stages` gives them.
         centrality: of the tokens, too: for Pure InfSA, as much work again as its attention.
-        observe: as of `Driver`, where centrality is not asked for.
+        observe: see `Driver`; not called where centrality is asked for.
 
     Raises:
         InfexportError: no room for the tokens, a damaged image, or a stage that fails.
@@ -80,7 +80,7 @@ def stream(
     layout = make_layout(stages, range(source.tokens), chunk, scratch is not None, centrality)
 
     def opened(position: Position, left: bool) -> tuple[Tokens, Stores, Maps | None]:
-        """The places of all that is kept: made, or those of an interrupted run, proven to be what it left."""
+        """Open the stores of a run: new ones, or those of an interrupted run, verified by their checksums."""
         stores = Stores(config, runner.precision, token_dtype, folder, position.squares, left)
         maps = Maps(stages, config, source.grid, folder, position.checksums) if centrality else None
         checksums = None if folder is None else Checksums(source.tokens, chunk, position.checksums)

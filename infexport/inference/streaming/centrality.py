@@ -19,7 +19,7 @@ from infexport.inference.streaming.token_store import Unproven, check_left, repl
 from infvit.config import InfViTConfig
 
 EPSILON = 1e-6
-"""Of `infsa_ops`, added to every divisor."""
+"""Copy of `infsa_ops.EPSILON`, added to every divisor; importing that needs torch."""
 
 
 class Maps:

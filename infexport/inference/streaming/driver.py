@@ -1,6 +1,6 @@
-"""Sweep chunks of tokens through the stages of a bundle, and add what they give.
+"""Pass chunks of tokens through the stages of a bundle, and add up their sums.
 
-Knows nothing of what runs a stage, where tokens are kept, or how an image is read.
+Independent of the runner of a stage, the store of the tokens and the reader of the image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 Sums = dict[str, NDArray[np.float64]]
 
 BY_TOKEN = ("tokens", "q", "k", "v", "mixed", CENTRALITY)
-"""What is kept, a row a token; what else the stages exchange are sums."""
+"""Values that are kept with one row per token; all other values that stages exchange are sums."""
 RECORD_CHUNKS, RECORD_SECONDS = 16, 5.0
 """A run that can be resumed is recorded after so many chunks or seconds; the ring of tokens allows the chunks."""
 
@@ -49,15 +49,15 @@ class RunsStages(Protocol):
 
 @dataclass
 class Position:
-    """How far a run is.
+    """Progress of a run, from which it can resume.
 
     Attributes:
         stage: index of the stage.
         done: rows (strips: patches) of it that are done.
         sums: what the stages before gave, float64.
         added: what this stage has given so far, float64.
-        squares: of every store that rounds, `stores.HalfStore.squares`.
-        checksums: of all that a resumed run reads, see `checksums.Checksums` and `maps.Maps`.
+        squares: of every store that rounds, see `token_store.HalfStore.squares`.
+        checksums: of all that a resumed run reads, see `checksums.Checksums` and `centrality.Maps`.
     """
 
     stage: int = 0
@@ -70,7 +70,7 @@ class Position:
 
 class Progress(Protocol):
     def __call__(self, stage: int, done: int, total: int) -> None:
-        """So many rows of so many of a stage are done."""
+        """Report that `done` of a stage's `total` rows are done."""
         ...
 
 
@@ -90,12 +90,12 @@ class Layout:
 
 
 def select_stages(stages: Sequence[Stage], centrality: bool) -> list[Stage]:
-    """Those that are run, where the centrality of tokens is asked for or not."""
+    """Return the stages that are run, with or without centrality."""
     return [stage for stage in stages if centrality or not stage.optional]
 
 
 def make_layout(stages: Sequence[Stage], rows: range, chunk: int, resumable: bool, centrality: bool = False) -> Layout:
-    """What has to be kept of the tokens `rows`."""
+    """Return which rows of the tokens `rows` have to be kept."""
     spare: dict[str, int] = {}
     generations: list[dict[str, int]] = []
     written: dict[str, int] = {}
@@ -317,7 +317,7 @@ def still_read(stages: Sequence[Stage], name: str, position: Position, rows: int
 
 
 def told(stage: Stage, sums: Mapping[str, Array]) -> dict[str, Array]:
-    """Of the sums that are known what a stage takes, as it takes them: added in float64, they are used in float32."""
+    """Return the sums that a stage takes; sums are added in float64 and used in float32."""
     taken = {name: total for name, total in sums.items() if name in stage.inputs}
     return {name: total.astype(np.float32) if total.dtype == np.float64 else total for name, total in taken.items()}
 

@@ -75,7 +75,7 @@ class Shard:
         stages: those that are run.
         runner: of these.
         source: the image, of which no more than the range is read.
-        rows: the range, as of `split_rows`.
+        rows: the range, see `split_rows`.
         chunk, token_dtype: see `infexport.inference.streaming.stream`.
 
     Attributes:
@@ -116,7 +116,7 @@ class Shard:
         return outputs if self._stages[index].over is StageScope.CLASS_TOKEN else position.added
 
     def block(self, index: int, start: int, stop: int) -> dict[str, Array]:
-        """What other shards need of some of the rows, before a stage over pairs, or of the first its query."""
+        """Return the rows that other shards need before a stage over pairs; before others, the first row's query."""
         stage = self._stages[index]
         names = [name for name in stage.inputs[1:] if name in BY_TOKEN] if stage.over.is_pairwise else ["q"]
         return {name: self._tokens.read(index, name, start, stop).copy() for name in names}
@@ -126,8 +126,8 @@ class Shard:
 
         Args:
             index: of the stage, which is over pairs.
-            block: as of `block`.
-            sums: as of `sweep`.
+            block: see `block`.
+            sums: see `sweep`.
             own: the block is of this shard.
             first: nothing was given before.
         """
@@ -147,7 +147,7 @@ class Shard:
 
     @property
     def rounding(self) -> float:
-        """As of `infexport.inference.streaming.Streamed`."""
+        """Relative error of rounding; see `infexport.inference.streaming.Streamed`."""
         return self._stores.relative_error
 
     def close(self) -> None:
@@ -159,26 +159,26 @@ class Lost(Exception):
 
 
 class Team(Protocol):
-    """Where the shards are. Each does what it is told in that order, at the same time as the others.
+    """The shards of an image. Each runs its calls in order, concurrently with the others.
 
     Attributes:
-        rows: of every shard.
-        waiting: to be called now and then by `value`, with the rows that all shards have done of what they are at.
+        rows: range of every shard.
+        waiting: called by `value` now and then, with the number of rows that all shards have done of their stage.
     """
 
     rows: Sequence[range]
     waiting: Callable[[int], None]
 
     def share(self, value: Any) -> Any:
-        """Something for many shards, as an argument of `tell`."""
+        """Return a handle of a value for many shards, as an argument of `tell`."""
         ...
 
     def tell(self, shard: int, method: str, *arguments: Any) -> Any:
-        """Have a shard run one of its methods; a handle of what it will return, which may be an argument, too."""
+        """Start a method of a shard; return a handle of its result, which may be an argument, too."""
         ...
 
     def value(self, result: Any) -> Any:
-        """What a handle of `tell` stands for, once it is there.
+        """Wait for the result behind a handle of `tell`, and return it.
 
         Raises:
             Lost: the shard, or one that an argument came from, is gone.
@@ -201,8 +201,8 @@ class Sharded:
     Args:
         stages: those that are run.
         team: of the shards.
-        chunk: as of the shards.
-        progress: told of every stage, as of `Driver`.
+        chunk: that of the shards.
+        progress: called for every stage; see `Driver`.
         status: told of a shard that is made anew.
 
     Attributes:
@@ -224,7 +224,7 @@ class Sharded:
         self.exchanged = 0
 
     def run(self) -> dict[str, Array]:
-        """The outputs of the last stage, as of `Driver.run`.
+        """Return the outputs of the last stage; see `Driver.run`.
 
         Raises:
             InfexportError: a shard was lost again and again, or what one met.
@@ -264,7 +264,7 @@ class Sharded:
         return [0] if stage.over.runs_once else range(len(self._team.rows))
 
     def _sweep(self, index: int, history: Sequence[dict[str, Array]]) -> list[Sums]:
-        """Of a stage, what every shard gives, in their order; `history` is what this stage and those before it take."""
+        """Return every shard's sums of a stage, in their order; `history` has the inputs of this and earlier stages."""
         shards, shared = self._shards(self._stages[index]), self._team.share(history[index])
         results = [self._team.tell(shard, "sweep", index, shared) for shard in shards]
         parts: list[Sums] = []
@@ -293,7 +293,7 @@ class Sharded:
         return self._team.tell(shard, "sweep", index, history[index])
 
     def _pairs(self, index: int, sums: Mapping[str, Array]) -> list[Sums]:
-        """Of a stage over pairs, what every shard gives of every block of others, block by block."""
+        """Return every shard's sums over every block of the others, block by block, for a stage over pairs."""
         team, shared, shards = self._team, self._team.share(sums), range(len(self._team.rows))
         coming: deque[list[Any]] = deque()
         parts: list[Sums] = []
@@ -310,7 +310,7 @@ class Sharded:
         return parts
 
     def _blocks(self) -> Iterator[tuple[int, int, int]]:
-        """Of all rows: the shard that has them, and where they start and stop."""
+        """Yield blocks of all rows: their shard, start and stop."""
         for owner, rows in enumerate(self._team.rows):
             for start, stop in ranges(rows.start, rows.stop, StageScope.PAIRS.max_rows(self._chunk)):
                 yield owner, start, stop
@@ -331,7 +331,7 @@ def _size(arrays: Mapping[str, Array]) -> int:
 
 
 def _added(parts: Sequence[Sums]) -> Sums:
-    """In their order: what arrives first does not change the last bit."""
+    """Return the sum of parts, added in their order: the order of arrival must not change the last bit."""
     total: Sums = {}
     for part in parts:
         for name, value in part.items():

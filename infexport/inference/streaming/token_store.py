@@ -1,4 +1,4 @@
-"""Where the tokens of an image are while it is streamed: rows in memory or in a scratch file."""
+"""Storage of an image's tokens while it is streamed: rows in memory or in a scratch file."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class FileStore:
 
     Args:
         path: made, and must not be there yet.
-        rows, width, dtype: as of `Store`.
+        rows, width, dtype: see `Store`.
         left: the file is one that an interrupted run left, and is not made.
 
     Raises:
@@ -155,7 +155,7 @@ def check_left(path: Path, size: int) -> None:
 
 @contextmanager
 def scratch_errors(path: Path) -> Iterator[None]:
-    """What the system says of a file of a scratch folder, as our error."""
+    """Raise the system's errors on a file of a scratch folder as an `InfexportError`."""
     try:
         yield
     except OSError as error:
@@ -181,7 +181,7 @@ def _no_room(path: Path, size: int, error: OSError) -> InfexportError:
 
 
 class HalfStore:
-    """Float32 rows kept in float16, and what that costs.
+    """Float32 rows kept in float16, and the rounding error of that.
 
     Args:
         store: of float16 rows.
@@ -254,7 +254,7 @@ class Stores:
         precision: of what runs its stages.
         token_dtype: of the rows that may be rounded.
         folder: of their files; None keeps them in memory.
-        squares: name → as of `HalfStore`, so far; added to.
+        squares: name → `HalfStore.squares` so far; added to.
         left: the files are those of an interrupted run.
     """
 
