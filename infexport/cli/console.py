@@ -15,12 +15,15 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from infexport.errors import InfexportError
 from infexport.system.standard_streams import stdout_error
+
+if TYPE_CHECKING:
+    from infexport.bundle import Bundle
 
 
 class Output:
@@ -34,6 +37,19 @@ class Output:
 
     def warning(self, message: str) -> None:
         click.echo(click.style("warning: ", fg="yellow", bold=True) + printable(_clean(message)), err=True)
+
+    def bundle_warnings(self, bundle: Bundle, if_modified: str = "") -> None:
+        """Warn of what a user must know before trusting a bundle.
+
+        Args:
+            bundle: the opened bundle.
+            if_modified: the warning where its hashes differ; empty for none.
+        """
+        from infexport.bundle.summary import bundle_warnings
+
+        modified = [if_modified] if if_modified and not bundle.verified else []
+        for line in [*modified, *bundle_warnings(bundle.manifest)]:
+            self.warning(line)
 
     def error(self, error: InfexportError) -> None:
         click.echo(click.style("error: ", fg="red", bold=True) + _in_a_line(_clean(error.summary)), err=True)

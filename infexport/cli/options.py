@@ -1,17 +1,35 @@
-"""What options and arguments of several commands take: sizes of images and of memory, names of images."""
+"""Options that several commands share, and the types of their values."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from infexport.errors import InfexportError
 from infexport.inference.options import MAX_PIXELS_PER_SIDE, MAX_THREADS, parse_bytes, parse_size
 
-THREADS = click.IntRange(1, MAX_THREADS)
-threads_option = click.option("--threads", type=THREADS, help="Threads of ONNX Runtime.  [default: all cores]")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Record = TypeVar("Record", bound=DataclassInstance)
+
+EXECUTIONS = ("auto", "whole", "stream")
+
+
+def pick(record: type[Record], given: Mapping[str, Any], **others: Any) -> Record:
+    """Build a dataclass from the given options that are fields of it.
+
+    Args:
+        record: the dataclass.
+        given: name of an option → value.
+        others: fields that are no option, or differ from it.
+    """
+    names = {field.name for field in fields(record)}
+    return record(**{name: value for name, value in given.items() if name in names} | others)
 
 
 class Bytes(click.ParamType[int]):
@@ -100,3 +118,41 @@ class ImageName(click.ParamType[Path | str]):
         from infexport.images.fetch import is_url
 
         return value if isinstance(value, Path) or is_url(value) else Path(value)
+
+
+THREADS = click.IntRange(1, MAX_THREADS)
+threads_option = click.option("--threads", type=THREADS, help="Threads of ONNX Runtime.  [default: all cores]")
+size_option = click.option(
+    "--size",
+    type=Size(),
+    metavar="trained|native|N",
+    default="trained",
+    show_default=True,
+    help="The recorded evaluation transform, the image as it is, or that transform at N pixels.",
+)
+edge_option = click.option(
+    "--edge",
+    type=click.Choice(["pad", "crop"]),
+    default="pad",
+    show_default=True,
+    help="Complete the last patch by replicating the edge, or cut it off.",
+)
+execution_option = click.option(
+    "--execution",
+    type=click.Choice(EXECUTIONS),
+    default="auto",
+    show_default=True,
+    help="Run the whole graph, or stream the image in chunks, with nearly constant memory.",
+)
+memory_option = click.option(
+    "--memory", type=Bytes(), help="Memory limit of the process, such as 2GiB.  [default: 80% of what is free]"
+)
+chunk_option = click.option(
+    "--chunk",
+    type=click.IntRange(min=1),
+    help="Tokens per chunk when streaming.  [default: 1024; with engines, the size they were built for]",
+)
+
+
+def batch_size_option(help: str) -> Callable[[Any], Any]:
+    return click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help=help)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from infexport.bundle import Bundle
@@ -29,7 +29,7 @@ class ConsoleProgress(ProgressListener):
         bar: of the items, with an `update(n)`; None where there is none.
         bundle: that is run, where images are.
         centrality: of tokens is asked for.
-        sinks: each is given the index of every image that has its prediction, and that.
+        on_prediction: called with the index of an image and its prediction.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class ConsoleProgress(ProgressListener):
         bar: Any = None,
         bundle: Bundle | None = None,
         centrality: bool = False,
-        sinks: Sequence[Callable[[int, Prediction], None]] = (),
+        on_prediction: Callable[[int, Prediction], None] | None = None,
     ) -> None:
-        self._out, self._bar, self._sinks = out, bar, sinks
+        self._out, self._bar, self._on_prediction = out, bar, on_prediction
         stages = select_stages((bundle and bundle.manifest.stages) or (), centrality)
         self._passes = TokenPasses(out, [stage.graph.removesuffix(".onnx").rpartition("-")[2] for stage in stages])
         self._remarked: set[str] = set()
@@ -52,8 +52,8 @@ class ConsoleProgress(ProgressListener):
             case ItemsDone(count):
                 self._bar.update(count)
             case Answered(index, prediction):
-                for sink in self._sinks:
-                    sink(index, prediction)
+                if self._on_prediction is not None:
+                    self._on_prediction(index, prediction)
             case SessionOpened(provider, precision):
                 self._out.status(f"running on {provider} with {precision}")
                 for line in set(remarks(precision, provider)) - self._remarked:

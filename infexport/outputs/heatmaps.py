@@ -199,11 +199,11 @@ class HeatmapWriter:
         self.failed: list[InfexportError] = []
         self.drawn = 0
 
-    def take(self, index: int, answer: Prediction) -> None:
-        """Draw the answer of the image of this index."""
+    def on_prediction(self, index: int, prediction: Prediction) -> None:
+        """Draw the heat map of the image at this index."""
         try:
             with drawing_errors(self._pictures[index], "heat map"):
-                self._draw(index, answer)
+                self._draw(index, prediction)
             self.drawn += 1
         except InfexportError as error:
             self.failed.append(error)

@@ -139,9 +139,9 @@ class CentralityFile:
         self._stack = ExitStack()
         self._archive = zipfile.ZipFile(self._stack.enter_context(written(output, "output", ELSEWHERE)), "w")
 
-    def take(self, index: int, answer: Prediction) -> None:
+    def on_prediction(self, index: int, prediction: Prediction) -> None:
         """Write the centrality of the image of this index."""
-        centrality = answer.centrality
+        centrality = prediction.centrality
         assert centrality is not None, "asked for"
         try:
             if self._error is None:

@@ -229,7 +229,7 @@ def test_a_full_disk_in_the_end_loses_no_answer(suffix, infexport, bundle, tmp_p
     assert result.stdout.count("%") >= 10
     assert "No space left on device" in result.stderr
     (kept,) = (tmp_path / "elsewhere").glob("infexport-kept-*")
-    assert f"the answers are in {kept / f'out.{suffix}'}" in result.stderr
+    assert f"the predictions are in {kept / f'out.{suffix}'}" in result.stderr
     assert (kept / f"out.{suffix}").stat().st_size
     full_disk(kept.parent)
     result = infexport("run-engine", bundle, DIGITS[0], "-o", tmp_path / f"out.{suffix}", "--json", exit_code=2)
@@ -252,7 +252,7 @@ def test_a_full_disk_while_centrality_is_written(infexport, bundle, tmp_path, mo
     out = tmp_path / "out.npz"
     result = infexport("run-engine", bundle, *DIGITS[:3], "--centrality", "-o", out, exit_code=2)
     assert result.stdout.count("%") >= 15
-    assert "the answers without centrality are in" in result.stderr
+    assert "the predictions without centrality are in" in result.stderr
     (kept,) = (tmp_path / "elsewhere").glob("*/out.npz")
     with np.load(kept) as arrays:
         assert arrays["logits"].shape == (3, 10)
@@ -267,7 +267,7 @@ def test_a_drawing_that_fails_loses_no_answer(infexport, bundle, images, tmp_pat
             raise RuntimeError("the library's own")
         return figure(centrality, pixels, image, extent, title, detail)
 
-    monkeypatch.setattr(heatmaps, "figure_of", fail)
+    monkeypatch.setattr(heatmaps, "draw_figure", fail)
     options = ("--heatmaps", tmp_path / "maps", "-o", tmp_path / "out.csv")
     result = infexport("run-engine", bundle, images, *options, exit_code=1)
     assert "cannot draw the heat map" in result.stderr

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from infexport.cli.commands.run_engine import EXECUTIONS
 from infexport.cli.console import Output
-from infexport.cli.options import Bytes, Size, threads_option
+from infexport.cli.options import (
+    batch_size_option,
+    chunk_option,
+    edge_option,
+    execution_option,
+    memory_option,
+    pick,
+    size_option,
+    threads_option,
+)
 from infexport.cli.providers import engine_option, provider_option
 from infexport.errors import InfexportError
 from infexport.system.dependencies import require
@@ -17,35 +26,30 @@ from infexport.system.dependencies import require
 if TYPE_CHECKING:
     from infexport.bundle import Bundle
     from infexport.evaluation.accuracy.evaluate import Report
-    from infexport.evaluation.accuracy.metrics import Share
+    from infexport.evaluation.accuracy.metrics import OfClass, Share
     from infexport.evaluation.checkpoint_reference import CheckpointRunnerFactory
 
 ALL_CLASSES, WORST, DISAGREEMENTS = 20, 10, 20
-"""Rows for people: of so many classes all, else so many; so many disagreements."""
+"""Rows shown: up to ALL_CLASSES classes all of them, else the WORST least often right; disagreements."""
 
 
-@click.command()
+@click.command(short_help="Measure accuracy on labelled images.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with this one.  [default: the recorded]")
-@click.option("--no-pytorch", is_flag=True, help="Judge BUNDLE alone: needs neither the checkpoint nor torch.")
+@click.option("--no-pytorch", is_flag=True, help="Check BUNDLE alone: needs neither the checkpoint nor torch.")
 @click.option("--min-top1", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit code 1 if top-1 is less, 0 to 1.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write every image's answers to a .csv file.")
-@click.option("--size", type=Size(), metavar="trained|native|N", default="trained", show_default=True,
-              help="The recorded evaluation transform, the image as it is, or that transform at N pixels.")  # fmt: skip
-@click.option("--edge", type=click.Choice(["pad", "crop"]), default="pad", show_default=True,
-              help="Complete the last patch by replicating the edge, or cut it off.")  # fmt: skip
-@click.option("--execution", type=click.Choice(EXECUTIONS), default="auto", show_default=True,
-              help="Run the whole graph, or stream: chunk by chunk, in memory that hardly grows.")  # fmt: skip
-@click.option("--memory", type=Bytes(), help="What the process may take, such as 2GiB.  [default: 80% of what is free]")
-@click.option("--chunk", type=click.IntRange(min=1),
-              help="Tokens at a time, streamed.  [default: 1024; of engines, what they were built for]")  # fmt: skip
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write every image's prediction to a .csv file.")
+@size_option
+@edge_option
+@execution_option
+@memory_option
+@chunk_option
 @provider_option()
 @engine_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Images of equal grid at once, in PyTorch too.")  # fmt: skip
+@batch_size_option("Images of equal grid per batch, in PyTorch too.")
 @threads_option
-@click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the report says so.")
+@click.option("--no-verify", is_flag=True, help="Check a bundle whose hashes differ; the report says so.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def accuracy(
     bundle: Path,
@@ -54,28 +58,20 @@ def accuracy(
     no_pytorch: bool,
     min_top1: float | None,
     output: Path | None,
-    size: Any,
-    edge: Any,
-    execution: Any,
-    memory: int | None,
-    chunk: int | None,
-    provider: str,
-    engine: str | None,
-    batch_size: int,
-    threads: int | None,
     no_verify: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
-    """How often BUNDLE is right on DATA, and how often it agrees with its checkpoint in PyTorch.
+    """Measure how often BUNDLE is right on DATA, and how often it agrees with its checkpoint in PyTorch.
 
     DATA is a folder with a folder of images per class, or a .csv file with columns 'file', relative to it, and 'label'.
-    Classes are all named by their labels or, where one is no label, all by their indices. Intervals are of 95%
-    (Wilson's score).
+    Either all classes are named by their labels or, where one is no label, all by their indices. Intervals are 95%
+    Wilson score intervals.
 
-    Exit code 1 when an image cannot be judged, which counts neither for nor against, or top-1 is below --min-top1.
+    Exit code 1 when top-1 is below --min-top1, or when an image has no prediction. Such an image counts neither as
+    right nor as wrong.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.accuracy.dataset import Classes, read_labelled
     from infexport.evaluation.accuracy.evaluate import SUFFIXES, evaluate
@@ -86,18 +82,10 @@ def accuracy(
     out = Output(as_json)
     if no_pytorch and checkpoint is not None:
         raise click.UsageError("--checkpoint with --no-pytorch: leave one of the two out")
-    options = InferenceOptions(
-        size=size,
-        edge=edge,
-        execution=execution,
-        memory=memory,
-        chunk=chunk,
-        provider=provider,
-        engine=engine,
-        # streamed, it is PyTorch's
-        batch_size=batch_size if execution != "stream" or no_pytorch else 1,
-        threads=threads,
-    )
+    batch_size = given.pop("batch_size")
+    # a streamed image is run alone, so the batch size is then PyTorch's
+    alone = given["execution"] == "stream" and not no_pytorch
+    options = pick(InferenceOptions, given, batch_size=1 if alone else batch_size)
     opened = open_bundle(bundle, verify=not no_verify)
     classes = Classes(opened.manifest.config.num_classes, opened.labels)
     images = read_labelled(data, classes)
@@ -105,10 +93,7 @@ def accuracy(
         check_writable(output, "output", SUFFIXES, ELSEWHERE)
         check_apart({output: "output"}, [data, *(image.file for image in images)], "choose another --output")
     network = None if no_pytorch else _network(opened, checkpoint)
-    if not opened.verified:
-        out.warning("the bundle was modified since it was converted; the report is of what it is now")
-    for line in bundle_warnings(opened.manifest):
-        out.warning(line)
+    out.bundle_warnings(opened, "the bundle was modified since it was converted; the report describes it as it is now")
     with out.progress(len(images) * (1 if no_pytorch else 2), "images") as bar:
         report = evaluate(
             opened, images, classes, options, ConsoleProgress(out, bar, opened), network, min_top1, batch_size
@@ -124,7 +109,7 @@ def accuracy(
 
 
 def _network(bundle: Bundle, checkpoint: Path | None) -> CheckpointRunnerFactory:
-    """The checkpoint's, as named or as recorded."""
+    """Return what opens the named checkpoint, or else the recorded one, in PyTorch."""
     try:
         require("torch", "safetensors", extra="export")
         from infexport.evaluation.checkpoint_reference import CheckpointRunnerFactory
@@ -132,7 +117,7 @@ def _network(bundle: Bundle, checkpoint: Path | None) -> CheckpointRunnerFactory
 
         return CheckpointRunnerFactory(bundle, checkpoint or recorded_checkpoint(bundle))
     except InfexportError as error:
-        hint = "; ".join(filter(None, [error.hint, "or judge the bundle alone: --no-pytorch"]))
+        hint = "; ".join(filter(None, [error.hint, "or check the bundle alone: --no-pytorch"]))
         raise InfexportError(error.summary, error.details, hint) from error
 
 
@@ -144,9 +129,20 @@ def _show(out: Output, report: Report) -> None:
     out.data(f"top-1: {_share(found.top1)}")
     if found.top5 is not None:
         out.data(f"top-5: {_share(found.top5)}")
-    few = len(found.classes) <= ALL_CLASSES
-    shown = found.classes if few else sorted(found.classes, key=lambda one: one.right.share)[:WORST]
-    if not few:
+    _show_classes(out, report)
+    _show_pytorch(out, report)
+    rates = _rate(report.rate)
+    if report.pytorch is not None:
+        rates += f", PyTorch {_rate(report.pytorch_rate)} ({report.pytorch})"
+    out.data(f"images per second: {rates}; with reading them, without loading the model")
+    if report.enough is not None:
+        out.data(_verdict(report))
+
+
+def _show_classes(out: Output, report: Report) -> None:
+    classes: Sequence[OfClass] = report.accuracy.classes
+    if len(classes) > ALL_CLASSES:
+        classes = sorted(classes, key=lambda one: one.right.share)[:WORST]
         out.data(f"the {WORST} classes least often right:")
     out.table(
         ["class", "images", "right", "recall", "most often taken for"],
@@ -158,21 +154,17 @@ def _show(out: Output, report: Report) -> None:
                 f"{one.right.share:.1%}",
                 "" if one.confused is None else f"{report.classes.name(one.confused)} ({one.times})",
             ]
-            for one in shown
+            for one in classes
         ],
     )
-    _show_pytorch(out, report)
-    rates = _rate(report.rate)
-    if report.pytorch is not None:
-        rates += f", PyTorch {_rate(report.pytorch_rate)} ({report.pytorch})"
-    out.data(f"images per second: {rates}; with reading them, without loading the model")
-    if report.enough is not None:
-        held = "holds" if report else "FAILED"
-        verdict = f"accuracy {held}: top-1 {found.top1.share:.2%}, at least {report.required:.2%} required"
-        if report.failed:
-            count = len(report.failed)
-            verdict += f"; {count} image{'' if count == 1 else 's'} could not be judged"
-        out.data(verdict if report.verified else f"{verdict} (unverified: the bundle was modified)")
+
+
+def _verdict(report: Report) -> str:
+    held = "holds" if report else "FAILED"
+    verdict = f"accuracy {held}: top-1 {report.accuracy.top1.share:.2%}, at least {report.required:.2%} required"
+    if count := len(report.failed):
+        verdict += f"; {count} image{'' if count == 1 else 's'} could not be judged"
+    return verdict if report.verified else f"{verdict} (unverified: the bundle was modified)"
 
 
 def _show_pytorch(out: Output, report: Report) -> None:
@@ -185,17 +177,17 @@ def _show_pytorch(out: Output, report: Report) -> None:
     out.data(f"PyTorch's top-1: {_share(theirs.top1)}")
     out.data(f"same top-1 as PyTorch: {_share(agreement.same)}")
     out.data(f"an image's logits differ from PyTorch's by at most {agreement.largest_difference:.1e} of their norm")
-    told = report.disagreements()
-    if told:
+    disagreements = report.disagreements()
+    if disagreements:
         out.table(
             ["disagreement", "class", "bundle", "", "PyTorch", ""],
             [
                 [one["file"], one["label"], *_answer(one["bundle"]), *_answer(one["pytorch"])]
-                for one in told[:DISAGREEMENTS]
+                for one in disagreements[:DISAGREEMENTS]
             ],
         )
-    if len(told) > DISAGREEMENTS:
-        out.data(f"and {len(told) - DISAGREEMENTS} more: --json or --output has them")
+    if len(disagreements) > DISAGREEMENTS:
+        out.data(f"and {len(disagreements) - DISAGREEMENTS} more: --json or --output has them")
 
 
 def _share(share: Share) -> str:
@@ -214,6 +206,6 @@ def _rate(rate: float | None) -> str:
 
 
 def _streamed(report: Report) -> str:
-    """How many images were streamed, if any."""
-    ways = [f"{count} {way}" for way, count in report.executions().items() if way != "whole"]
-    return f" ({'; '.join(ways)})" if ways else ""
+    """Return how many images were streamed, in parentheses, if any."""
+    streamed = [f"{count} {execution}" for execution, count in report.executions().items() if execution != "whole"]
+    return f" ({'; '.join(streamed)})" if streamed else ""

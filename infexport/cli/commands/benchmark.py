@@ -58,7 +58,6 @@ def benchmark(
     Exit code 1 when a size failed, as for want of memory; it doesn't stop the others.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.benchmark.benchmark import benchmark, sizes_for
     from infexport.inference.runners.onnxruntime import remarks
@@ -70,8 +69,7 @@ def benchmark(
 
         check_plot(plot)
     opened = open_bundle(bundle)
-    for line in bundle_warnings(opened.manifest):
-        out.warning(line)
+    out.bundle_warnings(opened)
     chosen = sizes_for(opened, sizes)
     report = benchmark(
         opened, chosen, batch_size, repeats, provider, engine, threads, max_seconds, ConsoleProgress(out)

@@ -51,7 +51,6 @@ def build_engine(
     second. Beside it stands a sidecar: target, profile, build log and the hashes of checkpoint, graph and engine.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import BuildProgress
     from infexport.conversion.tensorrt.build import Plan, build_engines
     from infexport.conversion.tensorrt.profiles import make_profile
@@ -67,8 +66,7 @@ def build_engine(
     profile = make_profile(opened.manifest, sizes, batch)
     files = tuple(find_images(calibrate)) if calibrate else ()
     plan = Plan(aim, library, precision, execution, profile, gpu, chunk, files, memory)
-    for line in bundle_warnings(opened.manifest):
-        out.warning(line)
+    out.bundle_warnings(opened)
     out.status(f"building for {aim.name}, compute capability {aim.capability}, with {library.name}: {why}")
 
     progress = BuildProgress(out)

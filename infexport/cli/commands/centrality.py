@@ -52,15 +52,13 @@ def centrality(
     out = Output(as_json)
     require("torch", "safetensors", extra="export")
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.centrality.check import count_heads, validate_centrality
     from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
     from infexport.images.decode import find_images
 
     opened = open_bundle(bundle)
-    for line in bundle_warnings(opened.manifest):
-        out.warning(line)
+    out.bundle_warnings(opened)
     files = [] if images is None else find_images([images])
     if sizes is None:
         sizes = [(opened.manifest.config.image_size,) * 2] if images is None else []

@@ -118,7 +118,7 @@ def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: 
     out = Output(as_json)
     require("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", extra="export")
     with _uncollected():
-        from infexport.bundle.summary import bundle_warnings, summary_lines
+        from infexport.bundle.summary import summary_lines
         from infexport.cli.progress import ConsoleProgress
         from infexport.conversion.convert import ConvertOptions, convert
         from infexport.images.decode import find_images
@@ -131,8 +131,7 @@ def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: 
         out.status(f"assumed {name.replace('_', ' ')}: {value}")
     for word in bundle.manifest.unread:
         out.status(f"not read: {word}")
-    for line in bundle_warnings(bundle.manifest):
-        out.warning(line)
+    out.bundle_warnings(bundle)
     for line in summary_lines(bundle):
         out.data(line)
     out.document(bundle.to_dict())

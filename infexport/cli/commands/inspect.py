@@ -31,15 +31,14 @@ def inspect(
     """
     from infexport.bundle import open_bundle
     from infexport.bundle.provenance import check_provenance
-    from infexport.bundle.summary import bundle_warnings, manifest_lines, summary_lines
+    from infexport.bundle.summary import manifest_lines, summary_lines
     from infexport.cli import sections
     from infexport.evaluation.inspect import list_parts, read_graph, resolutions
     from infexport.inference.planner import usual_memory
 
     out = Output(as_json)
     opened = open_bundle(bundle, verify=False)
-    for line in bundle_warnings(opened.manifest):
-        out.warning(line)
+    out.bundle_warnings(opened)
     limit = usual_memory()  # of which the loaded graph will take some
     provenance, graph = check_provenance(opened), read_graph(opened, provider, engine)
     parts, sized = list_parts(opened.manifest.config), resolutions(opened, sizes, limit)

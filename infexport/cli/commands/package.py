@@ -72,7 +72,6 @@ def triton(
     images that are large. It needs infexport in the Python of the server.
     """
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import bundle_warnings
     from infexport.integrations.triton.config import Service, list_tensors, to_dict
     from infexport.integrations.triton.repository import default_name, package
 
@@ -86,8 +85,7 @@ def triton(
     if on_gpu and device == "cpu":
         raise click.UsageError("--device cpu: engines run on a GPU")
     opened = open_bundle(bundle)
-    for line in bundle_warnings(opened.manifest):
-        out.warning(line)
+    out.bundle_warnings(opened)
     service = Service(
         name or default_name(opened),
         backend,

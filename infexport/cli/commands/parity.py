@@ -66,7 +66,6 @@ def parity(
 
         check_report(page)
     from infexport.bundle import open_bundle
-    from infexport.bundle.summary import bundle_warnings
     from infexport.cli.progress import ConsoleProgress
     from infexport.evaluation.parity.validate import default_sizes, validate
     from infexport.evaluation.recorded_checkpoint import recorded_checkpoint
@@ -74,10 +73,7 @@ def parity(
     from infexport.inference.runners.factory import RunnerFactory
 
     opened = open_bundle(bundle, verify=not no_verify)
-    if not opened.verified:
-        out.warning("the bundle was modified since it was converted; the verdict is unverified")
-    for line in bundle_warnings(opened.manifest):
-        out.warning(line)
+    out.bundle_warnings(opened, "the bundle was modified since it was converted; the verdict is unverified")
     files = [] if images is None else find_images([images])
     if sizes is None:
         sizes = default_sizes(opened) if images is None else []
