@@ -31,6 +31,23 @@ def test_every_command_is_documented(path, infexport):
         assert re.search(rf"{parameter}.*\S", help_text)
 
 
+def groups(group=cli, path=()):
+    yield " ".join(path), group
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from groups(command, (*path, name))
+
+
+@pytest.mark.parametrize("path", [path for path, _ in groups()])
+def test_short_help_fits_its_line(path, infexport, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = infexport(*path.split(), "--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert listed
+    for line in listed:
+        assert len(line) <= 80
+        assert re.fullmatch(r"  [a-z-]+  +[A-Z].*\w\.", line), line  # a cut help ends in "..."
+
+
 def test_options_have_help():
     for path, command in commands():
         for parameter in command.params:

@@ -24,7 +24,7 @@ CHAINS = {
 }
 
 
-@click.command()
+@click.command(short_help="Compare attention scores with eigenvectors.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Look at this one.  [default: the recorded one]")
 @click.option("--sizes", type=Sizes(), metavar="N|HxW,…", help="Sizes of synthetic images.  [default: the trained one]")

@@ -66,7 +66,7 @@ def convert() -> None:
     """Convert a trained model to a bundle."""
 
 
-@convert.command()
+@convert.command(short_help="Convert a checkpoint to ONNX.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The bundle to make, a folder.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")

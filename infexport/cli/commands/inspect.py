@@ -12,7 +12,7 @@ from infexport.cli.options import Sizes
 from infexport.cli.providers import engine_option, provider_option
 
 
-@click.command()
+@click.command(short_help="Show contents, integrity and cost of BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--sizes", type=Sizes(), metavar="N|HxW,…",
               help="Sizes of images to weigh, in whole patches.  [default: trained, 224 to 65536]")  # fmt: skip
@@ -22,12 +22,12 @@ from infexport.cli.providers import engine_option, provider_option
 def inspect(
     bundle: Path, sizes: list[tuple[int, int]] | None, provider: str | None, engine: str | None, as_json: bool
 ) -> None:
-    """Show what BUNDLE is, whether it is as it was made, and what images of any size take.
+    """Show contents and integrity of BUNDLE, and the cost of images of any size.
 
-    Its files and its checkpoint against their hashes; inputs and outputs; operators and where they run; parameters;
-    arithmetic and memory by size; engines.
+    Lists its files and its checkpoint, checked against their hashes; inputs and outputs; operators and where they run;
+    parameters; arithmetic and memory by image size; engines.
 
-    Exit code 1 when its files are not what the manifest recorded, or an engine is not what its sidecar says.
+    Exit code 1 when a file differs from the manifest, or an engine from its sidecar.
     """
     from infexport.bundle import open_bundle
     from infexport.bundle.provenance import check_provenance

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from infexport.evaluation.parity.result import Report
 
 
-@click.command()
+@click.command(short_help="Compare BUNDLE with its checkpoint in PyTorch.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Judge by this one.  [default: the recorded one]")
 @click.option(

@@ -11,7 +11,7 @@ from infexport.cli.commands.parity import parity
 
 @click.group()
 def validate() -> None:
-    """Judge a bundle: it computes what PyTorch does, it is right, and its attention is what it is said to be."""
+    """Check a bundle: parity with PyTorch, accuracy, centrality."""
 
 
 for command in (parity, accuracy, centrality):
