@@ -1,1 +1,1 @@
-"""The commands, a module each."""
+"""Commands, one module each."""

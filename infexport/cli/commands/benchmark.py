@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from infexport.evaluation.benchmark.result import BenchmarkRow, Report
 
 ON_GPU = ("J/image", "GPU MB")
-"""Columns that are shown where they have a value."""
+"""Columns shown only where they have a value."""
 
 
 @click.command(short_help="Measure BUNDLE on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--sizes", type=Sizes(), metavar="N|HxW,…",
               help="Sizes of the images.  [default: 224,512,1024,2048,4096]")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images per batch.")
 @click.option("--repeats", type=click.IntRange(min=1),
-              help="Runs that count, per size; on a GPU more where they take less than a second.  "
+              help="Measured runs per size; on a GPU more where they take less than a second.  "
               "[default: 5; on a GPU 100]")  # fmt: skip
 @provider_option()
 @engine_option
 @threads_option
 @click.option("--max-seconds", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True,
-              help="Leave out a size whose batch takes longer even at the machine's limit.")  # fmt: skip
+              help="Skip a size whose batch would take longer even at the machine's limit.")  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw time and memory against tokens to a .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def benchmark(
@@ -46,16 +46,17 @@ def benchmark(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure how fast BUNDLE, by its engines or in ONNX Runtime, is on this machine, and how near the machine's limit.
+    """Measure the speed of BUNDLE on this machine, with its engines or ONNX Runtime, and compare with a limit.
 
-    Every size runs in a process of its own, on images of noise: latency and throughput once warm, peak memory of the
-    process, and the seconds from its cold start to its first answer. In between the same process runs a large matrix
-    product. The limit is the time the model's own matrix products would take at that rate; the share is limit / p50.
+    Every size runs in its own process, on images of noise. Measured are latency and throughput after warm-up, peak
+    memory of the process, and the seconds from a cold start to the first prediction. Between runs the same process
+    multiplies large matrices. The limit is the time that the model's own matrix products would take at that rate; the
+    share is limit / p50.
 
-    On a GPU also its memory at the peak, less what was in use before, and joules per image, by NVML (extra 'gpu').
-    Engines have no limit: ONNX Runtime doesn't run them.
+    On a GPU, NVML (extra 'gpu') adds joules per image and peak GPU memory, less what was in use before. Engines have
+    no limit, because ONNX Runtime doesn't run them.
 
-    Exit code 1 when a size failed, as for want of memory; it doesn't stop the others.
+    Exit code 1 when a size failed, such as for lack of memory; the other sizes still run.
     """
     from infexport.bundle import open_bundle
     from infexport.cli.progress import ConsoleProgress
@@ -76,6 +77,17 @@ def benchmark(
     )
     for line in remarks(opened.manifest.precision, report.machine["provider"]):
         out.warning(line)
+    _show(out, report)
+    out.document(report.to_dict())
+    if plot is not None and any(row.measured for row in report.rows):
+        draw_scaling(report, plot)
+        out.status(f"wrote {plot}")
+    elif plot is not None:
+        out.warning("nothing was measured: no plot")
+    raise click.exceptions.Exit(0 if report else 1)
+
+
+def _show(out: Output, report: Report) -> None:
     for line in _facts(report):
         out.data(line)
     cells = [_cells(row) for row in report.rows]
@@ -86,16 +98,10 @@ def benchmark(
     for row in report.rows:
         if row.reason:
             out.data(f"{row.name} {row.status}: {row.reason}")
-    out.document(report.to_dict())
-    if plot is not None and any(row.measured for row in report.rows):
-        draw_scaling(report, plot)
-        out.status(f"wrote {plot}")
-    elif plot is not None:
-        out.warning("nothing was measured: no plot")
-    raise click.exceptions.Exit(0 if report else 1)
 
 
 def _facts(report: Report) -> list[str]:
+    """Return the lines above the table: machine, runtime, limit and bundle."""
     from infexport.bundle.manifest import MODEL
     from infexport.evaluation.benchmark.gemm import SHAPES, UNITS, absence
 
@@ -119,13 +125,13 @@ def _facts(report: Report) -> list[str]:
 
 
 def _missing(report: Report) -> list[str]:
-    """What NVML does not tell, a line each."""
+    """Return a line for each quantity that NVML does not provide."""
     measured = [row.measured for row in report.rows if row.measured is not None]
     return [f"not measured: {reason}" for each in measured if each.on_gpu for reason in each.on_gpu.missing]
 
 
 def _cells(row: BenchmarkRow) -> dict[str, str]:
-    """By column."""
+    """Return the cells of a row by the name of their column."""
     facts = row.to_dict()
     seconds, gpu = facts.get("seconds", {}), facts.get("on_gpu", {})
     share = facts.get("share_of_limit")
@@ -145,7 +151,7 @@ def _cells(row: BenchmarkRow) -> dict[str, str]:
 
 
 def _figure(value: float | None, unit: float = 1) -> str:
-    """Three figures, never a power of ten for what is large; a dash where there is no value."""
+    """Format with three figures, and large values without an exponent; a missing value is a dash."""
     if value is None:
         return "-"
     value *= unit

@@ -17,20 +17,20 @@ from infexport.cli.options import Bytes, Numbers, Sizes
               help="GPU to build for: a100, h100, l4, …, its compute capability, such as sm_80, or local.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "fp16", "bf16", "int8"]), default="fp32",
               show_default=True,
-              help="Of the layers that meet every token; norms, sums and states stay float32.")  # fmt: skip
+              help="Precision of the per-token layers; norms, sums and states stay float32.")  # fmt: skip
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
-              help="Library that builds: tensorrt on the GPU itself, tensorrt-rtx anywhere.")  # fmt: skip
+              help="Library to build with: tensorrt on the GPU itself, tensorrt-rtx on any machine.")  # fmt: skip
 @click.option("--execution", type=click.Choice(["whole", "stream"]), default="whole", show_default=True,
-              help="One engine of the whole graph, or one for each stage, for images of any size.")  # fmt: skip
-@click.option("--sizes", type=Sizes(), metavar="MIN,BEST,MAX",
+              help="One engine of the whole graph, or one per stage, for images of any size.")  # fmt: skip
+@click.option("--sizes", type=Sizes(), metavar="MIN,OPT,MAX",
               help="Sizes of images, N or HxW.  [default: patch, trained, 4 x trained or 1024]")  # fmt: skip
-@click.option("--batch", type=Numbers(), metavar="MIN,BEST,MAX", help="Images at once.  [default: 1,1,8]")
+@click.option("--batch", type=Numbers(), metavar="MIN,OPT,MAX", help="Images per batch.  [default: 1,1,8]")
 @click.option(
-    "--chunk", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens at a time, streamed."
+    "--chunk", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens per chunk when streaming."
 )
 @click.option("--calibrate", type=click.Path(path_type=Path), multiple=True,
-              help="For int8: an image or a folder that fixes the ranges of activations.")  # fmt: skip
-@click.option("--memory", type=Bytes(), help="What the largest images may take on the GPU.  [default: all it has]")
+              help="For int8: an image or folder to calibrate activation ranges with.")  # fmt: skip
+@click.option("--memory", type=Bytes(), help="GPU memory limit for the largest images.  [default: all of it]")
 @click.option("--json", "as_json", is_flag=True, help="Print the sidecars as JSON.")
 def build_engine(
     bundle: Path,
@@ -48,7 +48,8 @@ def build_engine(
     """Build TensorRT engines from BUNDLE, an fp32 bundle, into its engines/ folder.
 
     An engine takes any batch and size between the first and the last of --batch and --sizes, and is fastest at the
-    second. Beside it stands a sidecar: target, profile, build log and the hashes of checkpoint, graph and engine.
+    second. Its sidecar, a JSON file next to it, records target, profile, build log and the hashes of checkpoint, graph
+    and engine.
     """
     from infexport.bundle import open_bundle
     from infexport.cli.progress import BuildProgress

@@ -26,13 +26,13 @@ CHAINS = {
 
 @click.command(short_help="Compare attention scores with eigenvectors.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Look at this one.  [default: the recorded one]")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint to examine.  [default: the recorded]")
 @click.option("--sizes", type=Sizes(), metavar="N|HxW,…", help="Sizes of synthetic images.  [default: the trained one]")
 @click.option("--images", type=click.Path(path_type=Path), help="An image or a folder, at native resolution.")
-@click.option("--layers", type=Numbers(0), metavar="N,…", help="Layers to look at, counted from 0.  [default: all]")
+@click.option("--layers", type=Numbers(0), metavar="N,…", help="Layers to examine, counted from 0.  [default: all]")
 @click.option("--walkers", type=click.IntRange(min=1000), default=100_000, show_default=True,
-              help="Walkers that simulate the chain of every head.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of their steps.")
+              help="Random walkers that simulate the Markov chain of each head.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random walk.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def centrality(
     bundle: Path,
@@ -46,8 +46,8 @@ def centrality(
 ) -> None:
     """Compare the scores of BUNDLE's attention with principal eigenvectors, and its Katz series with a random walk.
 
-    The cosines are measurements. Exit code 0 when the eigenvectors were found and every walk visits the tokens as the
-    series says, within what chance allows; 1 when not.
+    The cosines are reported only. Exit code 0 when the eigenvectors were found and every walk visits the tokens as
+    often as the series predicts, within sampling error; 1 otherwise.
     """
     out = Output(as_json)
     require("torch", "safetensors", extra="export")

@@ -16,16 +16,16 @@ from infexport.cli.console import Output
 from infexport.system.dependencies import require
 
 LAYOUTS_HELP = (
-    "Whose parameter names the checkpoint has: auto, reference, torchvision, timm, transformers, transformers4 or "
+    "Naming scheme of the checkpoint's parameters: auto, reference, torchvision, timm, transformers, transformers4 or "
     "transformers4_wrapped."
 )
 
 
-CONFIG_HELP = "JSON object with what shapes don't tell (num_heads, variant, labels, mean, std, …), or Hugging Face's."
+CONFIG_HELP = "JSON object with what shapes don't show (num_heads, variant, labels, mean, std, …), or Hugging Face's."
 
 
 class Floats(click.ParamType[tuple[float, ...]]):
-    """Three finite numbers, `R,G,B`, above `least`."""
+    """Three finite numbers `R,G,B`, each above `least`."""
 
     name = "R,G,B"
 
@@ -46,11 +46,11 @@ class Floats(click.ParamType[tuple[float, ...]]):
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python does not search for garbage in here.
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause Python's cyclic garbage collector.
 
-    Importing torch and exporting make millions of objects that stay: searching them again and again was a sixth of a
-    conversion. What is left lying are tens of megabytes, and no tensors.
+    Importing torch and exporting make millions of lasting objects. Scanning them repeatedly took a sixth of a
+    conversion's time. The uncollected garbage is tens of megabytes and holds no tensors.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -68,9 +68,9 @@ def convert() -> None:
 
 @convert.command(short_help="Convert a checkpoint to ONNX.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The bundle to make, a folder.")
-@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
-@click.option("--variant", metavar="[linear_infsa|pure_infsa]", help="Attention of the model.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the new bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--variant", metavar="[linear_infsa|pure_infsa]", help="Attention variant of the model.")
 @click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads.")
 @click.option("--layout", default="auto", show_default=True, help=LAYOUTS_HELP)
 @click.option(
@@ -85,7 +85,7 @@ def convert() -> None:
     type=click.Path(path_type=Path),
     help="Class names: lines, or JSON, such as imagenet_class_index.json.",
 )
-@click.option("--rho", type=float, help="Discount, where the checkpoint has none.  [default: 0.95]")
+@click.option("--rho", type=float, help="Discount, if the checkpoint has none.  [default: 0.95]")
 @click.option("--norm-eps", type=click.FloatRange(min=0, min_open=True), help="Epsilon of the LayerNorms.")
 @click.option("--mean", type=Floats(), help="Mean of the pixels in [0, 1].  [default: ImageNet's]")
 @click.option("--std", type=Floats(least=0), help="Standard deviation of the pixels.  [default: ImageNet's]")
@@ -93,31 +93,34 @@ def convert() -> None:
 @click.option(
     "--neumann-tol",
     type=click.FloatRange(min=0, min_open=True),
-    help="As many terms as leave out at most this, relative to the values, for any image.",
+    help="Use as many terms as needed for a truncation error of at most this, relative to the values, for any image.",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
-              help="Of the layers that meet every token. int8 is for CPUs, fp16 for GPUs.")  # fmt: skip
+              help="Precision of the per-token layers. int8 is for CPUs, fp16 for GPUs.")  # fmt: skip
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
     metavar="IMAGES",
-    help="Image or folder that fixes the ranges of int8 activations.  [default: found at run time]",
+    help="Image or folder to calibrate int8 activation ranges with.  [default: ranges found at run time]",
 )
 @click.option("--input", type=click.Choice(["uint8", "float32"]), default="uint8", show_default=True,
               help="RGB image [B,H,W,3], or normalised pixels [B,3,H,W].")  # fmt: skip
 @click.option(
-    "--fold/--no-fold", default=True, show_default=True, help="Rewrite the model exactly, for less to compute."
+    "--fold/--no-fold",
+    default=True,
+    show_default=True,
+    help="Rewrite the model exactly, to compute less.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: bool, **options: Any) -> None:
     """Convert CHECKPOINT (.pth, .pt, .safetensors or a Hugging Face folder) to ONNX.
 
-    The bundle holds model.onnx, its weights and infexport.json, which records what was converted and how. It
-    appears when it is complete.
+    The bundle holds model.onnx, its weights and infexport.json, which records what was converted and how. The folder
+    appears only once it is complete.
     """
     out = Output(as_json)
     require("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", extra="export")
-    with _uncollected():
+    with _garbage_collection_paused():
         from infexport.bundle.summary import summary_lines
         from infexport.cli.progress import ConsoleProgress
         from infexport.conversion.convert import ConvertOptions, convert

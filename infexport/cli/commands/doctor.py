@@ -18,14 +18,14 @@ WIDEST = 120
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON, as a report of a bug should have it.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, for a bug report.")
 def doctor(as_json: bool) -> None:
-    """Say what this machine can do and what is missing.
+    """Show what works on this machine and what is missing.
 
-    Everything is tried: providers run a graph, builders are made, packages are imported. Under what is missing stands
-    the command that mends it.
+    Everything is tested: providers run a graph, builders are created, packages are imported. A missing item comes with
+    the command that installs it.
 
-    Always exits with 0: a machine that cannot do everything is not ill.
+    Always exits with 0: a missing feature is not an error.
     """
     from infexport.doctor import examine, report
 
@@ -52,7 +52,7 @@ def doctor(as_json: bool) -> None:
 
 
 def _lines(check: Check, names: int, width: int) -> list[str]:
-    """A check as people read it; commands are never broken, so that they can be copied."""
+    """Return the lines of a check; commands are never wrapped, so that they can be copied."""
     head = f"  {check.state.ljust(6)}  {check.name.ljust(names)}  "
     indent = " " * len(head)
     lines = _wrapped(check.found, indent, width)

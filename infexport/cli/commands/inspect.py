@@ -15,10 +15,10 @@ from infexport.cli.providers import engine_option, provider_option
 @click.command(short_help="Show contents, integrity and cost of BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--sizes", type=Sizes(), metavar="N|HxW,…",
-              help="Sizes of images to weigh, in whole patches.  [default: trained, 224 to 65536]")  # fmt: skip
-@provider_option(default=None, help="Load it there, and show where every node runs.  [default: cpu, where it loads]")
+              help="Image sizes to estimate, in whole patches.  [default: trained, 224 to 65536]")  # fmt: skip
+@provider_option(default=None, help="Load the graph there; show where every node runs.  [default: cpu, if it loads]")
 @engine_option
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON, with the manifest and the engines.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with the manifest and the engines.")
 def inspect(
     bundle: Path, sizes: list[tuple[int, int]] | None, provider: str | None, engine: str | None, as_json: bool
 ) -> None:
@@ -39,7 +39,7 @@ def inspect(
     out = Output(as_json)
     opened = open_bundle(bundle, verify=False)
     out.bundle_warnings(opened)
-    limit = usual_memory()  # of which the loaded graph will take some
+    limit = usual_memory()  # before the graph is loaded, which takes some of it
     provenance, graph = check_provenance(opened), read_graph(opened, provider, engine)
     parts, sized = list_parts(opened.manifest.config), resolutions(opened, sizes, limit)
     for line in [*summary_lines(opened), *manifest_lines(opened)]:

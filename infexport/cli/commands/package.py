@@ -17,10 +17,10 @@ OF_BACKENDS = {
     "memory": ("python",),
     "max_pixels": ("python",),
 }
-"""Options that not every backend has."""
+"""Option → backends that have it, where not every backend does."""
 
 INT32 = 2**31 - 1
-"""The largest number that Triton's configuration has room for."""
+"""Largest number that Triton's configuration can hold."""
 
 
 @click.group()
@@ -28,29 +28,29 @@ def package() -> None:
     """Package a bundle for a server."""
 
 
-@package.command("triton", short_help="Make a model of Triton Inference Server of BUNDLE.")
+@package.command("triton", short_help="Make a model for Triton Inference Server from BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), required=True,
-              help="The model repository, a folder: the model is made in it.")  # fmt: skip
-@click.option("--name", help="Of the model.  [default: the bundle's]")
-@click.option("--force", is_flag=True, help="Replace a model of this name that is there already.")
+              help="Folder of the model repository, in which the model is made.")  # fmt: skip
+@click.option("--name", help="Name of the model.  [default: the bundle's]")
+@click.option("--force", is_flag=True, help="Replace an existing model of this name.")
 @click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt", "python"]), default="onnxruntime",
-              show_default=True, help="What runs it in Triton: its own ONNX Runtime or TensorRT, for images of whole "
+              show_default=True, help="Backend in Triton: its own ONNX Runtime or TensorRT, for images of whole "
               "patches, or infexport, for images of any size.")  # fmt: skip
-@click.option("--engine", metavar="NAME", help="Of several engines, such as a100-fp16; for tensorrt and python.")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Where it runs.  [default: cpu; with engines, gpu]")
-@click.option("--instances", type=click.IntRange(1, INT32), default=1, show_default=True, help="Models side by side.")
+@click.option("--engine", metavar="NAME", help="Engine to serve, such as a100-fp16; for tensorrt and python.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Device to use.  [default: cpu; with engines, gpu]")
+@click.option("--instances", type=click.IntRange(1, INT32), default=1, show_default=True, help="Number of instances.")
 @click.option("--max-batch-size", type=click.IntRange(1, INT32), default=8, show_default=True,
-              help="Images at once, of equal size.")  # fmt: skip
+              help="Images of equal size per batch.")  # fmt: skip
 @click.option("--max-queue-delay", type=click.IntRange(0, INT32), default=0, show_default=True, metavar="MICROSECONDS",
-              help="That an image may wait for others of its size.")  # fmt: skip
+              help="How long an image may wait for others of its size.")  # fmt: skip
 @click.option("--threads", type=THREADS,
-              help="Threads of an instance, for onnxruntime and python.  [default: all cores]")  # fmt: skip
+              help="Threads per instance, for onnxruntime and python.  [default: all cores]")  # fmt: skip
 @click.option("--size", type=Size(), metavar="trained|native|N",
-              help="As of run-engine, for python.  [default: native]")  # fmt: skip
-@click.option("--memory", type=Bytes(), help="What an instance may take, for python.  [default: 80% of what is free]")
+              help="Image size as in run-engine, for python.  [default: native]")  # fmt: skip
+@click.option("--memory", type=Bytes(), help="Memory limit per instance, for python.  [default: 80% of what is free]")
 @click.option("--max-pixels", type=click.IntRange(1, INT32),
-              help="Of an image, for python: larger ones are refused.  [default: 8192 x 8192]")  # fmt: skip
+              help="Refuse images with more pixels, for python.  [default: 8192 x 8192]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the configuration as JSON.")
 def triton(
     bundle: Path,
@@ -65,11 +65,11 @@ def triton(
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Make a model of Triton Inference Server of BUNDLE, in the model repository --output.
+    """Make a model for Triton Inference Server from BUNDLE, in the model repository --output.
 
-    What Triton is told of it is checked against Triton's own protobuf and against the graph. The backends onnxruntime
-    and tensorrt take images of whole patches alone, as the graph does; python completes the last patch, and streams
-    images that are large. It needs infexport in the Python of the server.
+    Its configuration is checked against Triton's own protobuf and against the graph. The backends onnxruntime and
+    tensorrt take only images of whole patches, as the graph does. The backend python completes the last patch and
+    streams large images; it needs infexport in the server's Python.
     """
     from infexport.bundle import open_bundle
     from infexport.integrations.triton.config import Service, list_tensors, to_dict
@@ -79,8 +79,8 @@ def triton(
     given = {option: value for option, value in others.items() if value is not None}
     for option in given:
         if backend not in OF_BACKENDS[option]:
-            told = option.replace("_", "-")
-            raise click.UsageError(f"--{told} is for --backend {' or '.join(OF_BACKENDS[option])}, not {backend}")
+            flag = option.replace("_", "-")
+            raise click.UsageError(f"--{flag} is for --backend {' or '.join(OF_BACKENDS[option])}, not {backend}")
     on_gpu = backend == "tensorrt" or others["engine"] is not None
     if on_gpu and device == "cpu":
         raise click.UsageError("--device cpu: engines run on a GPU")

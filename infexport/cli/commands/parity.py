@@ -18,21 +18,23 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Compare BUNDLE with its checkpoint in PyTorch.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Judge by this one.  [default: the recorded one]")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Reference checkpoint.  [default: the recorded one]"
+)
 @click.option(
     "--sizes", type=Sizes(), metavar="N|HxW,…", help="Sizes of synthetic images.  [default: trained, smaller, twice]"
 )
 @click.option("--images", type=click.Path(path_type=Path), help="An image or a folder, at native resolution.")
-@provider_option(default=None, help="Judge it there: a provider of ONNX Runtime, or engines.  [default: cpu]")
+@provider_option(default=None, help="Where to run it: a provider of ONNX Runtime, or engines.  [default: cpu]")
 @engine_option
 @click.option("--execution", type=click.Choice(["whole", "stream"]), default="whole", show_default=True,
-              help="Judge the whole graph, or the stages that images are streamed through.")  # fmt: skip
-@click.option("--layers", is_flag=True, help="Judge every layer, too, by what it was given, and name the first that is "
-              "out of its budget.")  # fmt: skip
+              help="Check the whole graph, or the stages that images are streamed through.")  # fmt: skip
+@click.option("--layers", is_flag=True, help="Also check every layer on its own input, and name the first that exceeds "
+              "its error budget.")  # fmt: skip
 @threads_option
-@click.option("--no-verify", is_flag=True, help="Judge a bundle whose hashes differ; the verdict says so.")
+@click.option("--no-verify", is_flag=True, help="Check a bundle whose hashes differ; the verdict says so.")
 @click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html",
-              help="Write it as one page, too, that needs nothing else: plots, the worst images, hashes.")  # fmt: skip
+              help="Also write one self-contained page: plots, the worst images, hashes.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def parity(
     bundle: Path,
@@ -48,15 +50,15 @@ def parity(
     page: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare BUNDLE, in ONNX Runtime or its engines, with its checkpoint in PyTorch and with the float64 twin.
+    """Compare BUNDLE, in ONNX Runtime or its engines, with its checkpoint in PyTorch, in float32 and in float64.
 
-    Both are infexport's own network with the checkpoint's weights. The code that trained them is not run: how the
-    checkpoint was read is no part of the verdict.
+    Both references are infexport's own network with the checkpoint's weights. The code that trained them is not run, so
+    the verdict does not cover how the checkpoint was read.
 
-    With --layers every layer's output and sums are compared with what the float64 layer makes of the same input, and
-    must be within a budget: 4 standard deviations of what rounding, in the bundle's precision, does to it.
+    With --layers, every layer's output and sums are compared with those of the float64 layer on the same input. Each
+    error must be within a budget: 4 standard deviations of the rounding error in the bundle's precision.
 
-    Exit code 0 when every case is within tolerance, 1 when one is not.
+    Exit code 0 when every case is within tolerance, 1 otherwise.
     """
     out = Output(as_json)
     require("torch", "safetensors", extra="export")
@@ -81,6 +83,17 @@ def parity(
     opening = RunnerFactory(opened, provider or ("engine" if engine else "cpu"), engine, threads)
     with out.progress(len(sizes) + len(files), "comparing") as bar:
         report = validate(opened, path, sizes, files, opening, execution == "stream", layers, ConsoleProgress(out, bar))
+    _show(out, report, layers)
+    out.document(report.to_dict())
+    if page is not None:
+        from infexport.evaluation.report import write_report
+
+        write_report(report, opened, command_line(), page, threads)
+        out.status(f"report: {page}")
+    raise click.exceptions.Exit(0 if report else 1)
+
+
+def _show(out: Output, report: Report, layers: bool) -> None:
     out.table(
         ["input", "max abs", "mean abs", "relative", "torch's own", "cosine", "top-1", ""],
         [
@@ -98,7 +111,7 @@ def parity(
         ],
     )
     if layers:
-        _table(out, report)
+        _show_layers(out, report)
     for _, error in report.failed:
         out.error(error)
     out.data(f"compared: {report.compared}")
@@ -107,17 +120,10 @@ def parity(
     if report.culprit:
         out.data(report.culprit)
     out.data(report.verdict)
-    out.document(report.to_dict())
-    if page is not None:
-        from infexport.evaluation.report import write_report
-
-        write_report(report, opened, command_line(), page, threads)
-        out.status(f"report: {page}")
-    raise click.exceptions.Exit(0 if report else 1)
 
 
-def _table(out: Output, report: Report) -> None:
-    """Of the parts of the network: what each adds to the error, and what has come together there."""
+def _show_layers(out: Output, report: Report) -> None:
+    """Show the error that each part of the network adds, and the cumulative error there."""
     out.data("")
     out.table(
         ["input", "part", "adds", "budget", "its sums add", "budget", "total", "torch adds", "total", ""],
