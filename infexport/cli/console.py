@@ -1,4 +1,4 @@
-"""All output of the commands: data to stdout, everything else to stderr."""
+"""Output of the commands: data to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Where a command's words go. With `as_json`, stdout carries one JSON document and nothing else."""
+    """Writes a command's output. With `as_json`, stdout carries one JSON document and nothing else."""
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
@@ -52,35 +52,35 @@ class Output:
             self.warning(line)
 
     def error(self, error: InfexportError) -> None:
-        click.echo(click.style("error: ", fg="red", bold=True) + _in_a_line(_clean(error.summary)), err=True)
+        click.echo(click.style("error: ", fg="red", bold=True) + _on_one_line(_clean(error.summary)), err=True)
         for line in _clean(error.details).splitlines():
             click.echo(f"  {printable(line)}", err=True)
         if error.hint:
-            click.echo(click.style("hint: ", fg="cyan", bold=True) + _in_a_line(_clean(error.hint)), err=True)
+            click.echo(click.style("hint: ", fg="cyan", bold=True) + _on_one_line(_clean(error.hint)), err=True)
 
     def data(self, text: str, word: str = "", **style: Any) -> None:
-        """A line for people; silent when machines read.
+        """Write a line of text, unless the output is JSON.
 
         Args:
-            text: the line; a new line in it, as a file's name may have, is none.
-            word: of it, which has the style; none for all of it.
-            style: as of `click.style`.
+            text: the line. A line break in it, such as in a file's name, is escaped.
+            word: the part of the line to style; empty for the whole line.
+            style: arguments of `click.style`.
         """
         if not self.as_json:
-            line = _in_a_line(text)
+            line = _on_one_line(text)
             click.echo(line.replace(word or line, click.style(word or line, **style), 1) if style else line)
 
     def document(self, value: Any) -> None:
-        """For machines; silent when people read."""
+        """Write a JSON document, unless the output is text."""
         if self.as_json:
             text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-            text = text.encode("utf-8", "replace").decode()  # a file name may be no UTF-8
-            if not getattr(sys.stdout, "has_all", True):  # then JSON's own way to write a character
+            text = text.encode("utf-8", "replace").decode()  # a file name need not be UTF-8
+            if not getattr(sys.stdout, "has_all", True):  # then escape what stdout cannot encode, as JSON does
                 text = re.sub("[^\0-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
             click.echo(text)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Columns as wide as they must be, numbers to the right."""
+        """Write aligned columns, numbers to the right."""
         cells = [list(header), *(list(row) for row in rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
         right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
@@ -90,58 +90,63 @@ class Output:
 
     @contextmanager
     def progress(self, length: int, label: str) -> Iterator[Any]:
-        """A bar on stderr with an `update(n)`; click hides it where stderr is no terminal."""
+        """Show a bar with an `update(n)` on stderr; click hides it if stderr is not a terminal."""
         with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
             yield bar
 
 
 OBEYED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tabs and new lines, and C1
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of writing
-    "\ud800-\udfff]"  # halves of surrogate pairs
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 except tab and line feed, and C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # directions of writing
+    "\ud800-\udfff]"  # surrogates
 )
-"""What a terminal obeys instead of showing it, or cannot show."""
+"""Characters that a terminal interprets instead of showing them, or cannot show."""
 
 
 def printable(text: str) -> str:
-    """A text for a person's terminal. Names of files, labels and tensors are chosen by who made them: what in them
-    would move the cursor or rename the window is shown as its number.
+    """Escape the characters of a text that a terminal would interpret.
+
+    Names of files, labels and tensors are untrusted: they could move the cursor or rename the window.
     """
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def _in_a_line(text: str) -> str:
+def _on_one_line(text: str) -> str:
     return printable(text.replace("\n", "\\n"))
 
 
 class TokenPasses:
-    """The sweeps of streamed images on stderr, with rate and time left: a line that changes on a terminal, else one now
-    and then.
+    """Shows the stages of streamed images on stderr, with rate and time left.
+
+    A terminal has one line that is updated; elsewhere a line is written now and then.
 
     Args:
-        out: whose stderr.
-        names: of the stages, in order.
+        out: output whose stderr is used.
+        names: names of the stages, in order.
+
+    Attributes:
+        TERMINAL_SECONDS, LINE_SECONDS: time between updates of a terminal, and between lines elsewhere.
     """
 
-    EVERY, EVERY_LINE = 0.2, 30.0
+    TERMINAL_SECONDS, LINE_SECONDS = 0.2, 30.0
 
     def __init__(self, out: Output, names: Sequence[str]) -> None:
         self._out, self._names = out, names
         self._terminal = sys.stderr.isatty()
         self._at: tuple[str, int] | None = None
-        self._began = self._told = 0.0
+        self._began = self._shown = 0.0
         self._first = 0
 
     def __call__(self, file: str, stage: int, done: int, total: int) -> None:
         now = time.monotonic()
         if (file, stage) != self._at:
-            # what was done before this is not of this run, or the first chunk, whose time is not known
+            # rows done before now were done by an earlier run, or in the first chunk, whose time is unknown
             self._at, self._began, self._first = (file, stage), now, done
-            self._told = now if not self._terminal else 0.0
+            self._shown = now if not self._terminal else 0.0
         seconds, finished = now - self._began, done >= total
-        if not finished and now - self._told < (self.EVERY if self._terminal else self.EVERY_LINE):
+        if not finished and now - self._shown < (self.TERMINAL_SECONDS if self._terminal else self.LINE_SECONDS):
             return
-        self._told = now
+        self._shown = now
         name, of = printable(Path(file).name), len(self._names)
         text = f"{name}: pass {stage + 1} of {of}, {self._names[stage]}, {done / total:4.0%}"
         if done > self._first and seconds > 0:
@@ -150,34 +155,34 @@ class TokenPasses:
         if self._terminal:
             end = finished and stage + 1 == len(self._names)
             click.echo(f"\r\x1b[K{'' if end else text}", err=True, nl=False)
-        elif not finished or seconds > self.EVERY_LINE:
+        elif not finished or seconds > self.LINE_SECONDS:
             self._out.status(text)
 
 
 class Phases:
-    """The phases of a build on stderr: a line that changes on a terminal, else nothing."""
+    """Shows the phases of a build on stderr: one line that is updated, and only on a terminal."""
 
-    EVERY = 0.2
+    TERMINAL_SECONDS = 0.2
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._told = 0.0
+        self._shown = 0.0
 
     def __call__(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._terminal and now - self._told >= self.EVERY:
-            self._told = now
+        if self._terminal and now - self._shown >= self.TERMINAL_SECONDS:
+            self._shown = now
             click.echo(f"\r\x1b[K{name}: {done} of {total}", err=True, nl=False)
 
     def clear(self) -> None:
-        """Make room for another line."""
-        if self._told:
+        """Clear the line, so that another can be written."""
+        if self._shown:
             click.echo("\r\x1b[K", err=True, nl=False)
-            self._told = 0.0
+            self._shown = 0.0
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
+    """Return the value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -190,16 +195,16 @@ def _is_number(cell: str) -> bool:
 
 
 TYPED = "infexport.typed"
-"""Where a context keeps the arguments as the user typed them."""
+"""Key of the typed arguments in a context's `meta`."""
 
 
 def command_line() -> str:
-    """The command as the user typed it, quoted for a shell, without what may be secret in URLs."""
+    """Return the command as the user typed it, quoted for a shell, without secrets in URLs."""
     return _clean(shlex.join(["infexport", *click.get_current_context().meta[TYPED]]))
 
 
 def _clean(text: str) -> str:
-    """A text without what is secret in the URLs that were typed."""
+    """Remove from a text the secrets of URLs that the user typed."""
     context = click.get_current_context(silent=True)
     return _without_secrets(text, context.meta.get(TYPED, ()) if context else ())
 
@@ -213,7 +218,7 @@ def _without_secrets(text: str, typed: Sequence[str]) -> str:
 
 
 class ErrorGroup(click.Group):
-    """Turns what a user can act on into a message and exit code 2, never a traceback; lists commands as added."""
+    """Group that shows errors a user can act on as a message with exit code 2; lists commands as added."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[TYPED] = tuple(args)
@@ -235,7 +240,7 @@ class ErrorGroup(click.Group):
             fail(error)
         except OSError as error:
             summary = f"{error.strerror or error}: {error.filename or 'while reading or writing'}"
-            fail(InfexportError(summary, hint="check the path, its permissions and the room left on the disk"))
+            fail(InfexportError(summary, hint="check the path, its permissions and the free space on the disk"))
         except MemoryError as error:
             fail(InfexportError("not enough memory", str(error), "smaller images or batches need less memory"))
 
@@ -244,16 +249,16 @@ class ErrorGroup(click.Group):
 def _printable_usage(typed: Sequence[str]) -> Iterator[None]:
     try:
         yield
-    except click.ClickException as error:  # it says what was typed
+    except click.ClickException as error:  # its message quotes what was typed
         vars(error)["message"] = printable(_without_secrets(error.message, typed))  # click declares it final
         raise
 
 
 class Logged(logging.Handler):
-    """What the stages log, as a warning."""
+    """Shows log records as warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        Output().warning(_in_a_line(record.getMessage()))
+        Output().warning(_on_one_line(record.getMessage()))
 
 
 LOGGED = Logged(logging.WARNING)
@@ -265,15 +270,15 @@ def fail(error: InfexportError) -> NoReturn:
 
 
 def tell_bug() -> None:
-    """Show the exception that is being handled, which is none that a user can act on."""
+    """Show the traceback of the exception being handled, and ask for a bug report."""
     click.echo(_without_secrets(traceback.format_exc(), sys.argv[1:]), err=True, nl=False)
     click.echo("this is a bug in infexport: please report it with the lines above", err=True)
 
 
 def exit_code(code: int) -> int:
-    """The exit code of a command that ends with `code`, after all has been written to stdout, or could not be.
+    """Return the exit code of a command that ends with `code`, given any error while writing to stdout.
 
-    An output that is lost is an error of its own; a reader that has left wants no more, which is none.
+    Lost output is an error. A closed pipe is not: its reader wants no more.
     """
     error = stdout_error()
     if error is None:
@@ -281,5 +286,5 @@ def exit_code(code: int) -> int:
     if error.errno == errno.EPIPE:
         return code or 128 + signal.SIGPIPE
     summary = f"cannot write to standard output: {error.strerror or error}"
-    Output().error(InfexportError(summary, hint="let it lead to a terminal, or to a file on a disk with room"))
+    Output().error(InfexportError(summary, hint="direct it to a terminal, or to a file on a disk with free space"))
     return max(code, 2)

@@ -33,7 +33,7 @@ def pick(record: type[Record], given: Mapping[str, Any], **others: Any) -> Recor
 
 
 class Bytes(click.ParamType[int]):
-    """An amount of memory, `4GiB`, `800MB` or a number of bytes."""
+    """Amount of memory: `4GiB`, `800MB` or a number of bytes."""
 
     name = "SIZE"
 
@@ -45,7 +45,7 @@ class Bytes(click.ParamType[int]):
 
 
 class Sizes(click.ParamType[list[tuple[int, int]]]):
-    """Sizes in pixels, `224,512x384`: squares or height x width."""
+    """Image sizes in pixels, `224,512x384`: squares or height x width."""
 
     name = "N|HxW,…"
 
@@ -60,13 +60,13 @@ class Sizes(click.ParamType[list[tuple[int, int]]]):
             except ValueError:
                 size = (0, 0)
             if not 1 <= min(size) <= max(size) <= MAX_PIXELS_PER_SIDE:
-                self.fail(f"{part!r} is no size; expected N or HEIGHTxWIDTH, such as 224,512x384", param, ctx)
+                self.fail(f"{part!r} is not a size; expected N or HEIGHTxWIDTH, such as 224,512x384", param, ctx)
             sizes.append(size)
         return sizes
 
 
 class Size(click.ParamType[str | int]):
-    """`trained`, `native` or a side in pixels."""
+    """Image size: `trained`, `native` or a side in pixels."""
 
     name = "trained|native|N"
 
@@ -78,7 +78,7 @@ class Size(click.ParamType[str | int]):
 
 
 class Numbers(click.ParamType[list[int]]):
-    """Whole numbers from `least`, `1,4,8`."""
+    """Whole numbers `1,4,8`, each at least `least`."""
 
     name = "N,…"
 
@@ -96,7 +96,7 @@ class Numbers(click.ParamType[list[int]]):
 
 
 class Address(click.ParamType[str]):
-    """Of a Ray cluster, or `local`."""
+    """Address of a Ray cluster, or `local`."""
 
     name = "address"
 
@@ -105,12 +105,14 @@ class Address(click.ParamType[str]):
         if value in ("local", "auto") or (host and colon and port.isascii() and port.isdecimal()):
             return str(value)
         self.fail(
-            f"{value!r} is no HOST:PORT, ray://HOST:PORT, auto or local; write --ray last to name none", param, ctx
+            f"{value!r} is not HOST:PORT, ray://HOST:PORT, auto or local; without an address, --ray goes last",
+            param,
+            ctx,
         )
 
 
 class ImageName(click.ParamType[Path | str]):
-    """A file, a folder, or the URL of one."""
+    """Path or URL of an image, or of a folder of images."""
 
     name = "image"
 

@@ -1,4 +1,4 @@
-"""Progress as a person sees it."""
+"""Listeners that show progress on stderr."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ConsoleProgress(ProgressListener):
     """Shows progress on stderr.
 
     Args:
-        out: whose stderr.
-        bar: of the items, with an `update(n)`; None where there is none.
-        bundle: that is run, where images are.
-        centrality: of tokens is asked for.
+        out: output whose stderr is used.
+        bar: bar of the items, with an `update(n)`; None for no bar.
+        bundle: the bundle that is run; None if no image is run.
+        centrality: the run also computes the centrality of tokens.
         on_prediction: called with the index of an image and its prediction.
     """
 
@@ -67,7 +67,7 @@ class BuildProgress(ProgressListener):
     """Shows the phases of a build on stderr.
 
     Args:
-        out: whose stderr.
+        out: output whose stderr is used.
     """
 
     def __init__(self, out: Output) -> None:
@@ -82,5 +82,5 @@ class BuildProgress(ProgressListener):
                 self._phases(name, done, total)
 
     def clear(self) -> None:
-        """Make room for another line."""
+        """Clear the line, so that another can be written."""
         self._phases.clear()

@@ -1,4 +1,4 @@
-"""Options of where a bundle runs, for every command that runs one."""
+"""Options that choose where a bundle runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from infexport.inference.options import PROVIDERS
 
-HELP = "Where it must run: a provider of ONNX Runtime, or engines of build-engine. Another is an error."
+HELP = "Run only there: a provider of ONNX Runtime, or engines of build-engine. Never falls back to another."
 
 
 def provider_option(default: str | None = "auto", help: str = HELP) -> Callable[[Any], Any]:
@@ -23,5 +23,5 @@ def provider_option(default: str | None = "auto", help: str = HELP) -> Callable[
 
 
 engine_option = click.option(
-    "--engine", metavar="NAME", help="Of several engines that fit this GPU, such as a100-fp16."
+    "--engine", metavar="NAME", help="Choose one of several engines that fit this GPU, such as a100-fp16."
 )

@@ -1,4 +1,4 @@
-"""What `inspect` shows of a bundle, section by section: lines of a word and facts, and tables."""
+"""Sections of the output of `inspect`: lines that begin with a keyword, and tables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from infexport.inference.planner import ExecutionMode
 
 CHECKPOINT = {
     "unchanged": "there and unchanged",
-    "changed": "there, but not what was converted",
-    "gone": "gone from where it was",
+    "changed": "there, but changed since the conversion",
+    "gone": "no longer where it was",
     "unreadable": "there, but this user may not read it",
 }
-WAYS: dict[ExecutionMode, str] = {"whole": "whole", "memory": "streamed", "disk": "with scratch"}
+MODE_NAMES: dict[ExecutionMode, str] = {"whole": "whole", "memory": "streamed", "disk": "with scratch"}
 
 
 def provenance(out: Output, bundle: Bundle, found: Provenance) -> None:
@@ -35,10 +35,10 @@ def provenance(out: Output, bundle: Bundle, found: Provenance) -> None:
 
 def graph(out: Output, found: Graph) -> None:
     out.data("")
-    for word, ports in (("input", found.inputs), ("output", found.outputs)):
+    for keyword, ports in (("input", found.inputs), ("output", found.outputs)):
         for port in ports or ():
             axes = ", ".join("?" if axis is None else str(axis) for axis in port.shape)
-            out.data(f"{word:<12}{port.name}: {port.dtype} [{axes}]")
+            out.data(f"{keyword:<12}{port.name}: {port.dtype} [{axes}]")
     if found.opsets is not None:
         versions = (f"{domain or 'ai.onnx'} {version}" for domain, version in found.opsets.items())
         out.data(f"operators   {', '.join(versions)}; model.onnx has nodes as written, without the bodies of infsa's")
@@ -77,13 +77,13 @@ def resolutions(out: Output, bundle: Bundle, sized: Sequence[Resolution], limit:
             f"{one.height}x{one.width}",
             f"{one.tokens:,}",
             _figure(2 * one.multiply_adds / 1e9),
-            *(_figure(one.memory[way] / 1e9) if way in one.memory else "-" for way in WAYS),
+            *(_figure(one.memory[mode] / 1e9) if mode in one.memory else "-" for mode in MODE_NAMES),
             "-" if one.scratch is None else _figure(one.scratch / 1e9),
-            "nothing fits" if one.auto is None else WAYS[one.auto],
+            "nothing fits" if one.auto is None else MODE_NAMES[one.auto],
         ]
         for one in sized
     ]
-    out.table(["size", "tokens", "GFLOP", *(f"{name} GB" for name in WAYS.values()), "scratch GB", "auto"], rows)
+    out.table(["size", "tokens", "GFLOP", *(f"{name} GB" for name in MODE_NAMES.values()), "scratch GB", "auto"], rows)
 
 
 def engines(out: Output, bundle: Bundle) -> None:
@@ -121,7 +121,7 @@ def _how_to_build(bundle: Bundle) -> str:
 
 
 def _takes(engine: EngineRecord) -> str:
-    """Return the images that an engine takes, from its profile."""
+    """Describe the inputs that an engine accepts, from its profile."""
     if MODEL not in engine.graph:
         return f"stream: {engine.chunk} tokens at a time"
     (shapes,) = engine.profile.values()
@@ -135,6 +135,6 @@ def _state(state: str) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three figures, but no more than three behind the point, and never a power of ten."""
+    """Format with three figures, at most three decimal places and no exponent."""
     digits = 3 if value < 1 else max(0, 2 - math.floor(math.log10(value)))
     return f"{value:,.{digits}f}"

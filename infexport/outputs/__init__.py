@@ -1,1 +1,1 @@
-"""Files that a run writes for its user: results and heat maps."""
+"""Files that a run leaves for its user: results and heat maps."""

@@ -1,4 +1,4 @@
-"""Files that a command is to write."""
+"""Checks of output files, and atomic writes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from infexport.system.atomic_files import partial_folder, sweep, sync_entry
 
 
 def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) -> None:
-    """Find out before the long work, not after it, that a file cannot be written.
+    """Check before the long work that a file can be written.
 
-    Its folder is made, and rid of what killed processes left in it.
+    Creates its folder, and removes what killed processes left there.
 
     Args:
         path: the file.
-        kind: what it is, for people.
-        suffixes: it may end in.
-        hint: where it cannot be written to.
+        kind: name of the file's purpose in messages, such as "output".
+        suffixes: allowed suffixes, in lower case.
+        hint: advice if it cannot be written.
 
     Raises:
-        InfexportError: an unknown suffix, a place inside a bundle, of a folder, pipe or device, or one that cannot be
+        InfexportError: the suffix is unknown, or the path is inside a bundle, is a folder, pipe or device, or cannot be
             written to.
     """
     if path.suffix.lower() not in suffixes:
@@ -40,18 +40,18 @@ def check_writable(path: Path, kind: str, suffixes: Collection[str], hint: str) 
         mode = path.stat().st_mode if path.exists() else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise InfexportError(f"the {kind} is a folder: {path}", hint="name a file")
-        if not stat.S_ISREG(mode):  # the file that is made would be put in its place
-            raise InfexportError(f"the {kind} is no ordinary file: {path}", "a pipe or a device is there", hint)
+        if not stat.S_ISREG(mode):  # an atomic write would replace it by a file
+            raise InfexportError(f"the {kind} is not a regular file: {path}", "it is a pipe or a device", hint)
         check_outside_bundles(path, kind)
         _make_ready(Path(os.path.realpath(path)).parent)
 
 
 def check_folder(path: Path, kind: str, hint: str) -> None:
-    """Find out before the long work that nothing can be written to a folder, which is made ready.
+    """Create a folder, and check before the long work that files can be written to it.
 
     Args:
         path: the folder.
-        kind, hint: as of `check_writable`.
+        kind, hint: see `check_writable`.
 
     Raises:
         InfexportError: it is inside a bundle, or cannot be written to.
@@ -77,31 +77,31 @@ def _errors(path: Path, kind: str, hint: str) -> Iterator[None]:
 
 
 def check_apart(outputs: Mapping[Path, str], inputs: Iterable[Path | str], hint: str) -> None:
-    """Find out before the work that an output would replace what is read.
+    """Check before the work that no output would replace an input.
 
     Args:
-        outputs: file → what it is, for people.
-        inputs: files that are read, or `file://` URLs; other URLs are elsewhere.
-        hint: what to do.
+        outputs: file → name of its purpose in messages.
+        inputs: files or URLs that are read; only `file://` and `local://` URLs can name an output.
+        hint: advice in the error.
 
     Raises:
-        InfexportError: a file is both, by whatever name or link.
+        InfexportError: a file is both, under any name or link.
     """
     written_to = {os.path.realpath(path): path for path in outputs}
-    numbers = {number: path for path in outputs if (number := _number(path)) is not None}
+    inodes = {inode: path for path in outputs if (inode := _inode(path)) is not None}
     for item in inputs:
         path = local_path(item)
         if path is None:
             continue
-        output = written_to.get(os.path.realpath(path)) or numbers.get(_number(path) or (0, 0))
+        output = written_to.get(os.path.realpath(path)) or inodes.get(_inode(path) or (0, 0))
         if output is not None:
             raise InfexportError(
-                f"the {outputs[output]} would replace what is read: {path}", f"it is written to {output}", hint
+                f"the {outputs[output]} would replace an input: {path}", f"it is written to {output}", hint
             )
 
 
 def local_path(item: Path | str) -> Path | None:
-    """The file on this machine that a path or a URL names; None for a URL of elsewhere."""
+    """Return the file on this machine that a path or URL names; None for any other URL."""
     if isinstance(item, Path):
         return item
     scheme, separator, rest = item.partition("://")
@@ -110,8 +110,8 @@ def local_path(item: Path | str) -> Path | None:
     return Path(rest) if scheme in ("file", "local") else None
 
 
-def _number(path: Path) -> tuple[int, int] | None:
-    """The file's own number, which all of its names share; None where there is none."""
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Return device and inode number, which all names of a file share; None if there is no file."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -121,13 +121,13 @@ def _number(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def drawing_errors(path: Path, kind: str) -> Iterator[None]:
-    """Have whatever a library that draws raises as our error: what was found is worth more than its picture.
+    """Convert any exception of a plotting library into an InfexportError: results must survive a failed plot.
 
-    Its warnings are dropped: a sign that a font has not is drawn as a box.
+    The library's warnings are dropped, such as those about a character that the font lacks, which is drawn as a box.
 
     Args:
         path: the picture.
-        kind: what it is, for people.
+        kind: name of the picture in messages.
 
     Raises:
         InfexportError: it cannot be drawn.
@@ -140,30 +140,30 @@ def drawing_errors(path: Path, kind: str) -> Iterator[None]:
         raise
     except Exception as error:
         details = f"{type(error).__name__}: {error}"
-        raise InfexportError(f"cannot draw the {kind}: {path}", details, "all else is as it should be") from error
+        raise InfexportError(f"cannot draw the {kind}: {path}", details, "all other results are complete") from error
 
 
 @contextmanager
 def written(path: Path, kind: str, hint: str) -> Iterator[BinaryIO]:
-    """A file to write to, which appears when it is whole.
+    """Open a file for an atomic write: it appears once it is complete.
 
-    Where a link is, the file that it leads to is written; a file that is replaced keeps its mode.
+    A link is followed and its target written. A file that is replaced keeps its mode.
 
     Args:
-        path, kind, hint: as of `check_writable`.
+        path, kind, hint: see `check_writable`.
 
     Raises:
         InfexportError: it cannot be written.
     """
     with _errors(path, kind, hint):
-        place = Path(os.path.realpath(path))
-        with partial_folder(place.parent) as folder:
-            partial = folder / f"{kind}{path.suffix}"  # made here, it has the mode everyone's files have
+        target = Path(os.path.realpath(path))
+        with partial_folder(target.parent) as folder:
+            partial = folder / f"{kind}{path.suffix}"  # created by open(), it has the mode of the user's umask
             with partial.open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if place.is_file():
-                partial.chmod(stat.S_IMODE(place.stat().st_mode))
-            partial.replace(place)
-        sync_entry(place.parent)
+            if target.is_file():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
+            partial.replace(target)
+        sync_entry(target.parent)

@@ -1,4 +1,4 @@
-"""Centrality over the image it is of, as people see it: in its own aspect, in colours that everyone can tell apart."""
+"""Heat maps: the centrality of tokens drawn over their image."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ if TYPE_CHECKING:
     from infexport.inference.prediction import Prediction
 
 OVERVIEW = 1024
-"""Pixels of the longer side of the image below a map, at most."""
+"""Maximum side, in pixels, of the image under a map."""
 COLOURS = "viridis"
-"""Perceptually uniform, and told apart by the colour-blind."""
+"""Colour map: perceptually uniform, and safe for colour-blind readers."""
 ELSEWHERE = "choose another --heatmaps folder"
-DPI, LAYERS = 150, 4
-"""Dots per inch; layers in a row."""
+DPI, LAYERS_PER_ROW = 150, 4
 GREY = np.array([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in grey (ITU-R BT.601)."""
 ALPHA = 0.6
-"""Of a map over its image."""
+"""Opacity of a map over its image."""
 ASPECT = 12
-"""Ratio of sides from which the shorter is drawn larger: it would be a line."""
+"""Ratio of sides above which the shorter side is drawn larger, since it would look like a line."""
 
 
 def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
-    """An image of any size, averaged down to at most OVERVIEW pixels a side, and its own height and width.
+    """Reduce an image of any size, by averaging, to at most OVERVIEW pixels a side.
+
+    Returns:
+        The overview, uint8 `[h, w, 3]`, and the image's height and width.
 
     Raises:
         InfexportError: it cannot be read.
     """
     rows = open_rows(file)
     factor = -(-max(rows.height, rows.width) // OVERVIEW)
-    # equal parts, as they are drawn: of a narrow image, a last one of a few pixels would move all others
+    # equal parts, as they are drawn: a last part of a few pixels would shift all others in a narrow image
     edges, columns = (_edges(side, -(-side // factor)) for side in (rows.height, rows.width))
     counts = np.diff(columns)[:, None]
     found = []
@@ -64,7 +67,7 @@ def overview(file: Path) -> tuple[Pixels, tuple[int, int]]:
 
 
 def _edges(side: int, parts: int) -> NDArray[np.intp]:
-    """Return where each of `parts` parts of a side begins, and the last ends, in whole pixels."""
+    """Return the `parts + 1` edges, in whole pixels, of equal parts of a side."""
     return np.arange(parts + 1) * side // parts
 
 
@@ -75,13 +78,16 @@ def region(
     size: Literal["trained", "native"] | int,
     transform: EvalTransform,
 ) -> tuple[float, float, float, float]:
-    """Where a grid of patches lies on an image: left, right, bottom and top, in its pixels, as matplotlib's extent.
+    """Return the region of an image that a grid of patches covers, as matplotlib's extent.
 
     Args:
-        image: its height and width in pixels.
-        grid: patches, `(height, width)`; completed, they reach beyond the image.
-        patch: side of one, in pixels of the image that was run.
-        size, transform: by which the image was brought to its size.
+        image: height and width of the image in pixels.
+        grid: patches, `(height, width)`; a padded grid extends beyond the image.
+        patch: side of a patch, in pixels of the resized image.
+        size, transform: how the image was resized.
+
+    Returns:
+        Left, right, bottom and top, in pixels of the image.
     """
     (top, left), scales = window(image, size, transform)
     height, width = (side * patch * scale for side, scale in zip(grid, scales, strict=True))
@@ -96,41 +102,42 @@ def draw_figure(
     title: str,
     detail: Detail = "mean",
 ) -> Figure:
-    """Maps over the image in grey: one of all layers and heads, with the image beside it, or one of each layer or head.
+    """Draw maps over the image in grey.
 
     Args:
-        centrality: of the image's tokens.
+        centrality: centrality of the image's tokens.
         pixels: the image, or an overview of it, uint8 `[h, w, 3]`.
-        image: its own height and width in pixels.
-        extent: of the grid, as `region` gives it.
-        title: above it.
-        detail: what a map is of.
+        image: height and width of the full image in pixels.
+        extent: extent of the grid, see `region`.
+        title: title of the figure.
+        detail: `mean` draws one map of all layers and heads next to the image; `layers` draws a map per layer; `heads`
+            draws a map per head.
     """
     from matplotlib.figure import Figure
 
     maps = _maps(centrality, detail)
-    beside = detail == "mean"
-    columns = 2 if beside else min(len(maps), LAYERS if detail == "layers" else centrality.cells.shape[1])
-    rows, side = -(-len(maps) // columns), 4.5 if beside else 2.4
+    with_image = detail == "mean"
+    columns = 2 if with_image else min(len(maps), LAYERS_PER_ROW if detail == "layers" else centrality.cells.shape[1])
+    rows, side = -(-len(maps) // columns), 4.5 if with_image else 2.4
     tall, wide = (side * max(length / max(image), 1 / ASPECT) for length in image)
-    # no finer than the panel: what lies between its pixels would not be drawn
+    # no finer than the panel, whose pixels would not show it
     height, width = (min(length, round(side * DPI / 2)) for length in centrality.grid)
     figure = Figure((columns * (wide + 0.75), rows * (tall + 0.45) + 0.5), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=10, parse_math=False)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    if beside:
+    if with_image:
         axes[0].imshow(pixels, extent=(0, image[1], image[0], 0))
         _bare(axes.pop(0), image)
     grey = np.round(pixels @ GREY).astype(np.uint8)
     if fine := int(max(grey.shape) // (side * DPI)):
-        grey = grey[::fine, ::fine]  # every panel has a copy
+        grey = grey[::fine, ::fine]  # every panel holds a copy
     for one, (name, cells) in zip(axes, maps, strict=False):
         values = centrality.raster(cells, (height, width))
         one.imshow(grey, extent=(0, image[1], image[0], 0), cmap="gray", vmin=0, vmax=255)
         look: Any = {"cmap": COLOURS, "alpha": ALPHA, "interpolation": "nearest", "vmin": 0, "vmax": _top(values)}
         bar = figure.colorbar(one.imshow(values, extent=extent, **look), ax=one, shrink=0.85, pad=0.02)
-        bar.ax.tick_params(labelsize=8 if beside else 7)
-        bar.set_label("times the average patch" if beside else "", fontsize=8)
+        bar.ax.tick_params(labelsize=8 if with_image else 7)
+        bar.set_label("times the average patch" if with_image else "", fontsize=8)
         one.set_title(name, fontsize=8)
         _bare(one, image)
     for one in axes[len(maps) :]:
@@ -139,11 +146,14 @@ def draw_figure(
 
 
 def overlay(centrality: Centrality, pixels: Pixels) -> tuple[Pixels, float]:
-    """The map of all layers and heads together over a picture in grey, and its largest value, which is the map's end.
+    """Draw the map of all layers and heads over a picture in grey.
 
     Args:
-        centrality: of the image's tokens.
-        pixels: all that the grid lies on, of any size, uint8 `[h, w, 3]`.
+        centrality: centrality of the image's tokens.
+        pixels: the region that the grid covers, at any size, uint8 `[h, w, 3]`.
+
+    Returns:
+        The picture, uint8 `[h, w, 3]`, and the map's largest value, which has the last colour.
     """
     from matplotlib import colormaps
 
@@ -156,7 +166,7 @@ def overlay(centrality: Centrality, pixels: Pixels) -> tuple[Pixels, float]:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a figure as PNG, the same bytes for the same figure.
+    """Write a figure as PNG; the same figure gives the same bytes.
 
     Raises:
         InfexportError: it cannot be written.
@@ -166,22 +176,22 @@ def save(figure: Figure, file: Path) -> None:
 
 
 class HeatmapWriter:
-    """Draws the heat map of every answer, as `<name>.png` in a folder.
+    """Draws the heat map of every prediction, as `<name>.png` in a folder.
 
     Args:
-        bundle: of the answers.
-        files: the images, files or URLs.
-        size: as of the run's options.
-        folder: for the pictures.
-        detail: as of `draw_figure`.
+        bundle: the bundle that is run.
+        files: the images, as files or URLs.
+        size: size of the images in the run's options.
+        folder: folder for the heat maps.
+        detail: see `draw_figure`.
 
     Attributes:
-        failed: why a picture was not drawn; the answer is none the worse for it.
-        drawn: number of pictures.
+        failed: an error for every heat map that could not be drawn; its prediction is valid.
+        drawn: number of heat maps drawn.
 
     Raises:
-        InfexportError: the folder cannot be written to, or a picture would replace an image, or a file that is no heat
-            map.
+        InfexportError: the folder cannot be written to, or a heat map would replace an image, or a file that is not a
+            heat map.
     """
 
     def __init__(
@@ -195,7 +205,7 @@ class HeatmapWriter:
         check_apart(dict.fromkeys(self._pictures, "heat map"), files, ELSEWHERE)
         for picture in self._pictures:
             if os.path.lexists(picture) and not is_drawn(picture):
-                raise InfexportError(f"the heat map would replace a file that is none: {picture}", hint=ELSEWHERE)
+                raise InfexportError(f"the heat map would replace another kind of file: {picture}", hint=ELSEWHERE)
         self.failed: list[InfexportError] = []
         self.drawn = 0
 
@@ -208,23 +218,23 @@ class HeatmapWriter:
         except InfexportError as error:
             self.failed.append(error)
 
-    def _draw(self, index: int, answer: Prediction) -> None:
-        assert answer.centrality is not None, "asked for"
-        (top,) = answer.top_k(1, self._bundle.labels)
+    def _draw(self, index: int, prediction: Prediction) -> None:
+        assert prediction.centrality is not None, "the run computes it"
+        (top,) = prediction.top_k(1, self._bundle.labels)
         image = self._images[index]
-        name = Path(answer.file if isinstance(image, Path) else name_of_url(image)).stem
+        name = Path(prediction.file if isinstance(image, Path) else name_of_url(image)).stem
         title = f"{name}: {top['label']}, {top['probability']:.1%}"
         with local_copy(image) as file:
             pixels, sides = overview(file)
         transform = self._bundle.manifest.preprocessing.transform
-        extent = region(sides, answer.grid, self._bundle.manifest.config.patch_size, self._size, transform)
-        figure = draw_figure(answer.centrality, pixels, sides, extent, title, self._detail)
+        extent = region(sides, prediction.grid, self._bundle.manifest.config.patch_size, self._size, transform)
+        figure = draw_figure(prediction.centrality, pixels, sides, extent, title, self._detail)
         save(figure, self._pictures[index])
-        figure.clear()  # its parts hold each other: Python would look for them only now and then
+        figure.clear()  # frees it now: its parts refer to each other
 
 
 def file_names(files: Sequence[Path]) -> list[str]:
-    """A name without suffix for the picture of every image: its own, with a number where several have it."""
+    """Return a unique name without suffix for every image: its own, with a number if it is taken."""
     names: dict[str, None] = {}  # in order
     for file in files:
         others = (f"{file.stem}-{number}" for number in itertools.count(2))
@@ -233,7 +243,7 @@ def file_names(files: Sequence[Path]) -> list[str]:
 
 
 def _maps(centrality: Centrality, detail: Detail) -> list[tuple[str, NDArray[Any]]]:
-    """Names and maps `[rows, columns]` of cells, in units of the average patch."""
+    """Return names and maps of cells, `[rows, columns]`, in units of the average patch."""
     shares, times = centrality.shares, centrality.times_average
     if detail == "mean":
         return [("", times(shares.mean((0, 1))))]

@@ -1,4 +1,4 @@
-"""Results of a run as files: JSON, CSV, npz and Parquet."""
+"""Results of a run, written as JSON, CSV, npz or Parquet."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ ELSEWHERE = "choose an --output that can be written to"
 
 
 def check_output(path: Path) -> None:
-    """Find out before the long work, not after it, that an output cannot be written.
+    """Check before the long work that an output can be written.
 
     Raises:
-        InfexportError: an unknown suffix, or a place that cannot be written to.
+        InfexportError: the suffix is unknown, or the path cannot be written to.
     """
     check_writable(path, "output", SUFFIXES, ELSEWHERE)
     if path.suffix.lower() == ".parquet":
@@ -40,15 +40,15 @@ def check_output(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Results:
-    """All answers, and how they are to be shown.
+    """Predictions and failures of a run, and how to present them.
 
     Attributes:
-        rows: in the order of the images.
-        labels: of the classes, or None.
-        warnings: what a reader must know before trusting the answers.
+        rows: a prediction or a failure for every image, in order.
+        labels: labels of the classes; None if there are none.
+        warnings: what a reader must know before trusting the predictions.
         top_k: classes per image.
-        features: whether they are written too.
-        shape: classes and E, for a file with no predictions in it.
+        features: write the features, too.
+        shape: number of classes, and of features E; needed where no image has a prediction.
     """
 
     rows: Sequence[ImageResult]
@@ -67,7 +67,7 @@ class Results:
         return [row for row in self.rows if isinstance(row, Failure)]
 
     def to_dict(self) -> dict[str, Any]:
-        """One JSON document, `features` a list per image if asked for; `index` is an image's place among all."""
+        """Return the JSON document; `index` is an image's position among all images."""
         images, failed = [], []
         for index, row in enumerate(self.rows):
             if isinstance(row, Failure):
@@ -80,10 +80,10 @@ class Results:
         return {"warnings": list(self.warnings), "images": images, "failed": failed}
 
     def write(self, path: Path) -> None:
-        """Write JSON, CSV, npz or Parquet, by the suffix; the file appears when it is whole.
+        """Write JSON, CSV, npz or Parquet, by the suffix; the file appears once it is complete.
 
-        All but JSON have a row for every image, in order, and its `error` where there is no answer. In an npz: `files`,
-        `errors` and `logits [n, classes]` (NaN where there is none), and if asked for `features [n, E]`.
+        All but JSON have a row for every image, in order, with its `error` if it failed. An npz holds `files`, `errors`
+        and `logits [n, classes]` (NaN for a failed image), and with `features` also `features [n, E]`.
 
         Raises:
             InfexportError: it cannot be written.
@@ -92,7 +92,7 @@ class Results:
             _WRITERS[path.suffix.lower()](file, self)
 
     def table(self) -> dict[str, list[Any]]:
-        """Column → a value for every image, None where there is none: what CSV and Parquet have."""
+        """Return column → a value for every image, None where it has none: the columns of CSV and Parquet."""
         width = min(self.top_k, self.shape[0])
         names = [f"{name}_{rank}" for rank in range(1, width + 1) for name in ("label", "probability")]
         columns: dict[str, list[Any]] = {
@@ -112,7 +112,7 @@ class Results:
         return columns
 
     def stacked(self, name: Literal["logits", "features"]) -> NDArray[np.float32]:
-        """`[n, classes]` or `[n, E]`, NaN for images that failed."""
+        """Return `[n, classes]` or `[n, E]`, with NaN for images that failed."""
         width = self.shape[0 if name == "logits" else 1]
         none = np.full(width, np.nan, np.float32)
         found = [getattr(row, name) if isinstance(row, Prediction) else none for row in self.rows]
@@ -120,16 +120,16 @@ class Results:
 
 
 class CentralityFile:
-    """An npz to which the centrality of images is written as it comes: more images take no more memory.
+    """An npz file that the centrality of each image is written to at once, so that memory does not grow.
 
-    It appears when it is whole, by `write`; what is closed without is deleted. A disk that is full does not end the
-    run: `write` says so.
+    `write` completes the file, which then appears; `close` deletes an incomplete one. A full disk does not end the run:
+    `write` raises the error.
 
     Args:
         output: the file.
 
     Raises:
-        InfexportError: it cannot be made.
+        InfexportError: it cannot be created.
     """
 
     def __init__(self, output: Path) -> None:
@@ -140,9 +140,9 @@ class CentralityFile:
         self._archive = zipfile.ZipFile(self._stack.enter_context(written(output, "output", ELSEWHERE)), "w")
 
     def on_prediction(self, index: int, prediction: Prediction) -> None:
-        """Write the centrality of the image of this index."""
+        """Write the centrality of the image at this index."""
         centrality = prediction.centrality
-        assert centrality is not None, "asked for"
+        assert centrality is not None, "the run computes it"
         try:
             if self._error is None:
                 _write_array(self._archive, f"centrality_{index}", centrality.cells)
@@ -152,11 +152,11 @@ class CentralityFile:
             self._error = error
 
     def write(self, results: Results) -> None:
-        """Write the rest of the npz as `Results.write` does.
+        """Write the arrays of `Results.write`, and complete the file.
 
-        For the i-th image it has `centrality_i [layers, heads, rows, columns]` and `centrality_class_token_i [layers,
-        heads]`; a cell is the sum over `centrality_step[i]` patches to a side, fewer at the end of a grid of
-        `centrality_grid[i]` patches, height and width.
+        The i-th image has `centrality_i [layers, heads, rows, columns]` and `centrality_class_token_i [layers, heads]`.
+        A cell is the sum over a square of `centrality_step[i]` patches a side, fewer at the edge of the grid.
+        `centrality_grid[i]` is the grid's height and width in patches.
 
         Raises:
             InfexportError: it cannot be written.
@@ -174,14 +174,14 @@ class CentralityFile:
             self._archive.close()
 
     def close(self) -> None:
-        """Delete what is not written to its end."""
+        """Delete the file if it is incomplete."""
         with suppress(_UnfinishedError), self._stack:
             raise _UnfinishedError
-        self._archive.fp = None  # else it would write its end into a closed file when it is freed
+        self._archive.fp = None  # else it would write to a closed file when it is freed
 
 
 class _UnfinishedError(Exception):
-    """Nothing is to be kept."""
+    """Makes the open file discard what was written."""
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> None:
@@ -190,11 +190,14 @@ def _write_array(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> N
 
 
 def keep_elsewhere(path: Path, results: Results) -> Path | None:
-    """Write results that cannot be written to `path` to a folder for temporary files; None where that fails, too.
+    """Write results to a temporary folder, after writing to `path` has failed.
 
     Args:
-        path: as of `Results.write`; the copy has its name.
-        results: without centrality.
+        path: the output that failed; the copy has its name.
+        results: the results, of which centrality is no part.
+
+    Returns:
+        The copy; None if it cannot be written either.
     """
     try:
         copy = Path(tempfile.mkdtemp(prefix="infexport-kept-")) / path.name
@@ -264,4 +267,4 @@ _TYPES = {
     **dict.fromkeys(("padded", "probability"), "float64"),
     "grid": "int32",
 }
-"""First word of a column's name → its type in Parquet, which a column without values does not tell."""
+"""First word of a column's name → its type in Parquet, which cannot be inferred from an empty column."""

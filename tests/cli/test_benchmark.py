@@ -159,7 +159,7 @@ def test_an_interrupt_leaves_no_process(monkeypatch):
     ("arguments", "words"),
     [
         (("--sizes", "30"), ("30x30 is not a whole number of patches", "--sizes 32x32")),
-        (("--sizes", "32x0"), ("'32x0' is no size",)),
+        (("--sizes", "32x0"), ("'32x0' is not a size",)),
         (("--sizes", "32", "--repeats", 0), ("--repeats",)),
         (("--sizes", "32", "--max-seconds", 0), ("--max-seconds",)),
         (("--sizes", "32", "--provider", "cuda"), ("no CUDAExecutionProvider",)),

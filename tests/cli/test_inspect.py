@@ -191,7 +191,7 @@ def test_what_became_of_the_checkpoint(infexport, bundle):
     assert document(infexport, bundle)["provenance"]["checkpoint"] == "unchanged"
     checkpoint.write_bytes(b"another")
     shown = infexport("inspect", bundle).stdout
-    assert "the checkpoint is there, but not what was converted" in shown
+    assert "the checkpoint is there, but changed since the conversion" in shown
     assert row(shown, "reference_linear.safetensors")[1:3] == ["(checkpoint)", "CHANGED"]
     checkpoint.unlink()
     assert "the checkpoint is gone" in infexport("inspect", bundle).stdout
@@ -287,4 +287,4 @@ def test_it_needs_no_torch(golden_bundle):
 
 def test_sizes_whose_tokens_no_computer_counts_are_no_sizes(infexport, zoo_bundle):
     result = infexport("inspect", zoo_bundle("digits-linear"), "--sizes", 10**12, exit_code=2)
-    assert "is no size" in result.stderr
+    assert "is not a size" in result.stderr

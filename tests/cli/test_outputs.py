@@ -62,7 +62,7 @@ def test_a_map_never_replaces_an_image(given, infexport, bundle, images, tmp_pat
         maps.mkdir()
         os.link(images / "a.png", maps / "a.png")
     result = infexport("run-engine", bundle, *arguments, "--heatmaps", maps, exit_code=2)
-    assert "the heat map would replace what is read" in result.stderr
+    assert "the heat map would replace an input" in result.stderr
     assert "choose another --heatmaps folder" in result.stderr
     assert not result.stdout
     assert contents(images) == before
@@ -73,7 +73,7 @@ def test_a_map_replaces_no_other_picture_but_maps(infexport, bundle, images, tmp
     maps.mkdir()
     shutil.copy(DIGITS[5], maps / "b.png")
     result = infexport("run-engine", bundle, images, "--heatmaps", maps, exit_code=2)
-    assert "the heat map would replace a file that is none" in result.stderr
+    assert "the heat map would replace another kind of file" in result.stderr
     (maps / "b.png").unlink()
     for _ in range(2):  # a map is replaced by the next one
         infexport("run-engine", bundle, images, "--heatmaps", maps)
@@ -129,7 +129,7 @@ def test_a_table_of_classes_is_not_replaced(infexport, bundle, tmp_path):
     shutil.copy(DIGITS[0], tmp_path / "a.png")
     table.write_text("file,label\na.png,1\n")
     told = infexport("validate", "accuracy", bundle, table, "--no-pytorch", "-o", table, exit_code=2).stderr
-    assert "the output would replace what is read" in told
+    assert "the output would replace an input" in told
     assert table.read_text() == "file,label\na.png,1\n"
 
 
@@ -177,7 +177,7 @@ def test_a_map_replaces_only_maps(there, infexport, bundle, tmp_path):
     else:
         picture.symlink_to(tmp_path / "elsewhere.png")
     result = infexport("run-engine", bundle, DIGITS[0], "--heatmaps", picture.parent, exit_code=2)
-    assert "the heat map would replace a file that is none" in result.stderr
+    assert "the heat map would replace another kind of file" in result.stderr
     assert not result.stdout
     assert not (tmp_path / "elsewhere.png").exists()
 

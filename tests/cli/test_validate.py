@@ -114,4 +114,4 @@ def test_the_recorded_checkpoint_must_be_what_it_was(infexport, tmp_path):
 def test_wrong_sizes(infexport, golden_bundle):
     arguments = ("validate", "parity", golden_bundle("reference_linear"), "--sizes")
     assert "for example --sizes 32x40" in infexport(*arguments, "33x40", exit_code=2).stderr
-    assert "is no size" in infexport(*arguments, "large", exit_code=2).stderr
+    assert "is not a size" in infexport(*arguments, "large", exit_code=2).stderr
