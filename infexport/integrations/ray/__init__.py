@@ -1,4 +1,4 @@
-"""More than one process, by Ray: many images over workers, or one image over all of them."""
+"""Prediction in several processes with Ray: many images over workers, or one image over all of them."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ def scaled(
     images: Sequence[Path | str],
     listener: ProgressListener,
 ) -> list[ImageResult]:
-    """A row for every image, in their order.
+    """Predict on Ray workers; return a prediction or a failure for every image, in order.
 
     Args:
-        address: as of `cluster.connected`.
-        count: of workers, as of `cluster.plan_workers`.
+        address: address of the cluster; see `cluster.connected`.
+        count: number of workers; see `cluster.plan_workers`.
         shard_image: all workers run each image together; otherwise each runs images of its own.
-        bundle: opened here; the workers open it at the same path.
-        options: of the run; `memory` and `threads` are of each worker.
-        images: files that the workers can read, at the same paths, or URLs.
-        listener: told of it.
+        bundle: the bundle, open in this process; the workers open it at the same path.
+        options: options of the run; `memory` and `threads` apply to each worker.
+        images: files that the workers can read at the same paths, or URLs.
+        listener: receives progress events.
 
     Raises:
-        InfexportError: no cluster, not the workers that were asked for, or the bundle cannot be run.
+        InfexportError: there is no cluster, it has too few resources, or the bundle cannot be run.
     """
-    # of files, too: a worker's current folder is another
+    # paths become absolute: a worker has another current folder
     bundle = replace(bundle, path=bundle.path.absolute())
     named = [image.absolute() if isinstance(image, Path) else image for image in images]
     scratch = options.scratch and options.scratch.absolute()
     if address.startswith("ray://") and not shard_image:
         raise InfexportError(
-            f"many images cannot be handed out through {address}",
+            f"many images cannot be distributed through {address}",
             "Ray Data does not run over Ray's client protocol",
-            "run this on a node of the cluster, with --ray auto, or by: ray job submit",
+            "run this on a node of the cluster with --ray auto, or submit it with: ray job submit",
         )
     with connected(address) as ray:
         workers = plan_workers(ray, count, options.threads, shard_image)
         listener.on_event(Status(f"{workers.count} Ray workers of {workers.threads} cores each"))
         free, needed = ray.available_resources().get("CPU", 0), workers.count * workers.threads
         if free < needed:
-            listener.on_event(Status(f"waiting for cores: {free:.0f} of the cluster's are free, {needed} needed"))
+            listener.on_event(Status(f"waiting for cores: {free:.0f} are free in the cluster, {needed} are needed"))
         memory = options.memory or workers.memory
         options = replace(options, memory=memory, scratch=scratch, threads=workers.threads)
         if shard_image:

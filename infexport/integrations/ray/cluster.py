@@ -1,4 +1,4 @@
-"""Where workers run: a Ray cluster that is there, or one on this machine for as long as it is needed."""
+"""Connection to Ray: a running cluster, or a temporary one on this machine."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ from infexport.system.dependencies import require
 from infexport.system.host import usable_cores
 
 LOCAL = "local"
-SECONDS = 5.0
-"""To connect. Ray itself goes on trying for minutes where nobody listens."""
+CONNECT_SECONDS = 5.0
+"""Timeout of a connection. Ray itself keeps trying for minutes when nothing listens at the address."""
 TOKEN = secrets.token_hex(32)
-"""Of a Ray started here, in place of one that it would leave in the user's home; it keeps the first that it sees."""
-LONGEST = 24
-"""Characters of a temporary folder in which Ray's sockets can lie: their paths have 83 more, and may have 107."""
+"""Authentication token of a Ray started here. Without it Ray would write one to the user's home folder. Ray keeps the
+first token that it sees in a process.
+"""
+MAX_FOLDER_CHARACTERS = 24
+"""Longest path of a temporary folder for Ray's sockets: Ray appends 83 characters, and a socket's path may have 107."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many there are, and what each may use.
+    """Number of workers, and the resources of each.
 
     Attributes:
-        count: of workers.
-        threads: CPU cores of each.
-        gpus: of each, 0 or 1.
-        memory: bytes of each; None where that is not known.
+        count: number of workers.
+        threads: CPU cores per worker.
+        gpus: GPUs per worker, 0 or 1.
+        memory: bytes per worker; None if unknown.
     """
 
     count: int
@@ -48,15 +50,15 @@ class Workers:
 
 @contextmanager
 def connected(address: str) -> Iterator[ModuleType]:
-    """Ray, connected.
+    """Connect to Ray and yield its module.
 
     Args:
-        address: `local` starts it on this machine: reachable from nowhere else, no dashboard, no telemetry, no trace
-            left. Otherwise `auto`, `host:port` or `ray://host:port`, of one that runs. Where the program has connected
-            Ray already, that is taken.
+        address: `local` starts Ray on this machine: not reachable from other machines, without dashboard or telemetry,
+            and removed at the end. `auto`, `host:port` or `ray://host:port` connect to a running cluster. If the
+            program has connected Ray already, that connection is used.
 
     Raises:
-        InfexportError: nobody is there, or Ray is not installed.
+        InfexportError: no cluster answers, or Ray is not installed.
     """
     require("ray", extra="scale")
     with _environment(address):
@@ -65,13 +67,13 @@ def connected(address: str) -> Iterator[ModuleType]:
             yield ray
             return
         if address != LOCAL:
-            with _start_errors(ray, address):  # before anything is started, which would have to be ended
+            with _start_errors(ray, address):  # first: nothing has been started yet that would have to be ended
                 _check_reachable(address)
         folders = tempfile.gettempdir()
-        root = "/tmp" if len(folders) > LONGEST and os.name == "posix" else folders
+        root = "/tmp" if len(folders) > MAX_FOLDER_CHARACTERS and os.name == "posix" else folders
         with tempfile.TemporaryDirectory(prefix="infexport-", dir=root, ignore_cleanup_errors=True) as folder:
             try:
-                with _signals_held(), _hushed(), _start_errors(ray, address):
+                with _signals_held(), _stderr_silenced(), _start_errors(ray, address):
                     _connect(ray, address, folder)
                 yield ray
             finally:
@@ -80,14 +82,14 @@ def connected(address: str) -> Iterator[ModuleType]:
 
 
 _here: list[ModuleType] = []
-"""Ray, once it was imported as it should be."""
+"""Ray's module, once it was imported with the environment that `_environment` sets; else empty."""
 
 
 def _imported(address: str) -> ModuleType:
-    """Ray, which reads its environment once.
+    """Import Ray, which reads its environment once, at import.
 
     Raises:
-        InfexportError: it was imported before, without what makes a local one private.
+        InfexportError: Ray was imported before, without the environment that keeps a local Ray private.
     """
     early = "ray" in sys.modules and not _here
     import ray
@@ -96,8 +98,8 @@ def _imported(address: str) -> ModuleType:
         _here[:] = [ray]
     elif address == LOCAL and not ray.is_initialized():
         raise InfexportError(
-            "Ray was imported before infexport could tell it to stay on this machine",
-            hint="call ray.init() before, or import ray later",
+            "Ray was imported before infexport could restrict it to this machine",
+            hint="call ray.init() first, or import ray later",
         )
     module: ModuleType = ray
     return module
@@ -105,22 +107,22 @@ def _imported(address: str) -> ModuleType:
 
 @contextmanager
 def _environment(address: str) -> Iterator[None]:
-    """What Ray is told by the environment alone, when it is imported."""
-    told = {
+    """Set the environment variables that Ray reads only at import, and restore them afterwards."""
+    variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_DATA_LOG_LEVEL": "CRITICAL",
-        # it would start another Ray, with defaults, where a thread comes late
+        # else a late call from a thread would start another Ray, with defaults
         "RAY_ENABLE_AUTO_CONNECT": "0",
     }
     if address == LOCAL:
-        # what Ray does where it has no clusters: all its processes listen on the loopback address only
-        told["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        told |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-        # workers are what the user asked for: by default they give way to whatever else runs
-        told["RAY_worker_niceness"] = "0"
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+        # as on systems without clusters: all processes of Ray listen on the loopback address only
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        # normal priority: by default Ray's workers yield to all other processes
+        variables["RAY_worker_niceness"] = "0"
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -131,8 +133,8 @@ def _environment(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Nothing written to stderr, by whatever language: Ray's C++ says there that it was told to say nothing."""
+def _stderr_silenced() -> Iterator[None]:
+    """Discard stderr at the file descriptor: Ray's C++ code writes there in spite of its log level."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -146,10 +148,10 @@ def _hushed() -> Iterator[None]:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold signals back that are handled, until Ray has started; a second one is handled at once.
+    """Delay handled signals until Ray has started; handle a second signal at once.
 
-    An exception in the middle of it is taken for Ray's failure, or lost, and leaves processes. Ray also takes SIGTERM
-    for itself, for good, which is not granted.
+    An exception during the start would be reported as Ray's failure, or lost, and would leave processes. Ray also
+    replaces the handler of SIGTERM permanently, which is prevented here.
     """
     if threading.current_thread() is not threading.main_thread():  # signals are handled elsewhere
         yield
@@ -182,8 +184,8 @@ def _signals_held() -> Iterator[None]:
 
 
 def _end_processes(folder: str) -> None:
-    """End what Ray has started for a folder of its own: where its start fails, `ray.shutdown` knows nothing of it."""
-    import psutil  # Ray brings it
+    """Kill the processes that Ray started for this folder: after a failed start `ray.shutdown` does not end them."""
+    import psutil  # installed with Ray
 
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -203,45 +205,46 @@ def _connect(ray: ModuleType, address: str, folder: str) -> None:
 
 @contextmanager
 def _start_errors(ray: ModuleType, address: str) -> Iterator[None]:
-    """Tell why Ray cannot be connected, as our error."""
+    """Raise an `InfexportError` where Ray cannot be connected."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # Ray raises its own kinds, and of several bases
-        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # a second signal's
+    except (Exception, SystemExit) as error:  # Ray raises its own classes, which have several bases
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # from a second signal
             raise
         text = " ".join(str(error).split())
         if address == LOCAL:
-            raise InfexportError("Ray does not start on this machine", text, "run it without --ray") from error
+            raise InfexportError("Ray does not start on this machine", text, "run without --ray") from error
         raise InfexportError(
             f"no Ray cluster at {address}",
             text,
-            f"is one running there, with Ray {ray.__version__} and this Python? --ray with no address needs none",
+            f"check that one runs there, with Ray {ray.__version__} and this Python; --ray with no address needs none",
         ) from error
 
 
 def _check_reachable(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
-        with socket.create_connection((host.strip("[]"), int(port)), SECONDS):
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
             pass
 
 
 def last_line(error: Exception) -> str:
-    """Of what Ray says, which is a traceback: what went wrong."""
+    """Return the last line of an error of Ray, whose text is a traceback."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def plan_workers(ray: ModuleType, count: int | None, threads: int | None, by_node: bool) -> Workers:
-    """The workers of a cluster, each of which has a place on one of its nodes.
+    """Choose number and resources of workers such that each fits on one node.
 
     Args:
-        ray: connected.
-        count: of workers; None for one per GPU, or where there is none, per core (of `threads`), or per node.
-        threads: cores of each; None for as many as all of them can have.
-        by_node: one per node rather than per core: it is one work, in as few parts as have all cores.
+        ray: Ray's module, connected.
+        count: number of workers; None for one per GPU or, without GPUs, one per `threads` cores or per node.
+        threads: cores per worker; None for the most that all workers can have.
+        by_node: without GPUs, default to one worker per node rather than per core: few large shards of an image
+            exchange less than many small ones.
 
     Raises:
-        InfexportError: more than the cluster has.
+        InfexportError: the cluster has too few cores or GPUs.
     """
     nodes: list[Mapping[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -250,7 +253,7 @@ def plan_workers(ray: ModuleType, count: int | None, threads: int | None, by_nod
         raise InfexportError("the Ray cluster has no CPUs", hint="add nodes to it, or leave out --ray")
 
     def places(threads: int) -> list[int]:
-        """On every node."""
+        """Return the number of workers that fit on each node."""
         return [int(min(node["CPU"] // threads, node["GPU"] if gpus else node["CPU"])) for node in nodes]
 
     most = int(max(node["CPU"] for node in nodes))
@@ -261,9 +264,9 @@ def plan_workers(ray: ModuleType, count: int | None, threads: int | None, by_nod
     if sum(places(threads)) < count:
         has = [f"{node['CPU']:.0f} cores" + (f" and {node['GPU']:.0f} GPUs" if gpus else "") for node in nodes]
         raise InfexportError(
-            f"no place for {count} workers of {threads} cores each",
+            f"not enough cores for {count} workers of {threads} cores each",
             f"the cluster has {', '.join(has)}",
-            "use fewer of either",
+            "reduce --workers or --threads",
         )
     known = [
         node["memory"] / min(n, count) for node, n in zip(nodes, places(threads), strict=True) if n and "memory" in node

@@ -1,4 +1,4 @@
-"""Many images over workers, by Ray Data: its pool of actors does again what one that died had begun."""
+"""Prediction of many images with Ray Data, whose pool of actors repeats the work of an actor that died."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from infexport.system.progress import (
 from infexport.system.urls import scrubbed
 
 PART = 128
-"""Images that are handed to a worker at once: what is done again where it dies. Handing over takes tens of ms."""
+"""Images sent to a worker at once, and repeated if it dies. Sending a part takes tens of milliseconds."""
 RETRIES = 2
-"""Times that a part is done again before its images are tried one by one, and these before they are given up."""
+"""Retries of a part before its images are tried one by one, and of a single image before it fails."""
 PLACE, FATAL, LOST, RAN = "place", "fatal", "lost", "ran"
-"""Columns beside a predictor's: the part's place; the bundle cannot be run at all; the part was given up; what is told
-of its run.
+"""Columns in addition to a predictor's: index of the part; the bundle cannot be run at all; the part is not retried any
+more; statuses and sessions of its run, as text.
 """
 
 
 class Attempts:
-    """An actor that counts how often each part is begun: a worker that dies takes its own count with it, and Ray Data
-    tries for ever.
+    """Actor that counts how often each part was started.
+
+    A worker that dies loses its own count, and Ray Data retries without limit.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class Attempts:
 
 
 class RunNotes(ProgressListener):
-    """Keeps statuses and opened sessions, to be told by the driver."""
+    """Collects statuses and opened sessions, which the driver reports."""
 
     def __init__(self) -> None:
         self.ran: list[tuple[str, ...]] = []
@@ -63,15 +64,15 @@ class RunNotes(ProgressListener):
 
 
 class Worker:
-    """A predictor in a process of its own, with names as bytes: a file's name need not be UTF-8.
+    """A predictor in its own process. File names are passed as bytes: they need not be UTF-8.
 
     Args:
-        predictor: of the images.
-        attempts: an actor, `Attempts`.
+        predictor: predictor that runs the images.
+        attempts: handle of the `Attempts` actor.
     """
 
     def __init__(self, predictor: Predictor, attempts: Any) -> None:
-        self._predictor, self._attempts, self._heard = predictor, attempts, RunNotes()
+        self._predictor, self._attempts, self._notes = predictor, attempts, RunNotes()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         import ray
@@ -81,20 +82,20 @@ class Worker:
         lost = ray.get(self._attempts.begin.remote(int(batch[PLACE][0]))) > RETRIES + 1
         rows: list[ImageResult] = [Failure(name, InfexportError("given up")) for name in names]
         try:
-            rows = rows if lost else self._predictor.predict(names, self._heard)
+            rows = rows if lost else self._predictor.predict(names, self._notes)
             bundle = self._predictor.bundle
             labels, widths = bundle.labels, (bundle.manifest.config.num_classes, bundle.manifest.config.embed_dim)
-        except InfexportError as error:  # of which Ray Data would leave a text
+        except InfexportError as error:  # Ray Data would reduce it to a text
             rows, fatal = [Failure(name, error) for name in names], True
-        except Exception as error:  # no worker has died of it
-            if len(names) > 1:  # it is one image's, which is found when they are tried one by one
+        except Exception as error:  # the worker survives it
+            if len(names) > 1:  # one image causes it, which is found when they are tried one by one
                 raise
             text = scrubbed(f"{type(error).__name__}: {' '.join(str(error).split())}", *filter(is_url, names))
             rows = [Failure(names[0], InfexportError("a worker failed", text, "run this image without --ray"))]
         columns = to_columns(rows, labels, *widths)
-        heard = "\n".join("\t".join(told) for told in self._heard.ran)
+        ran = "\n".join("\t".join(fields) for fields in self._notes.ran)
         count = len(rows)
-        states = {FATAL: np.full(count, fatal), LOST: np.full(count, lost), RAN: np.array([heard] * count, np.str_)}
+        states = {FATAL: np.full(count, fatal), LOST: np.full(count, lost), RAN: np.array([ran] * count, np.str_)}
         return {**columns, PLACE: batch[PLACE], **states}
 
 
@@ -106,23 +107,25 @@ def predict(
     batch_size: int,
     listener: ProgressListener,
 ) -> list[ImageResult]:
-    """A row for every image, in their order, as of `Predictor.predict`; an image whose worker dies each time is a
-    failure.
+    """Return a prediction or a failure for every image, in order; see `Predictor.predict`.
+
+    An image whose worker dies on every attempt is a failure.
 
     Args:
-        ray: connected.
-        workers: of the cluster.
-        predictor: sent to them; the bundle lies at the same path for all.
-        images: files that they can read, or URLs.
-        batch_size: of the predictor. Images are batched in this order, so that answers are those of one process.
-        listener: told of every part that is done.
+        ray: Ray's module, connected.
+        workers: number and resources of the workers.
+        predictor: sent to the workers; the bundle must be at the same path for all.
+        images: files that the workers can read, or URLs.
+        batch_size: batch size of the predictor. Images are batched in this order, so that results equal those of one
+            process.
+        listener: receives an event for every part that is done.
 
     Raises:
         InfexportError: a worker cannot run the bundle at all.
     """
     size = part_size(len(images), workers.count, batch_size)
     found: dict[int, ImageResult] = {}
-    # then those of parts whose worker died each time, one by one: one of them may be what it died of
+    # then, one by one, the images of parts whose worker died each time: one of them may be the cause
     for each in (size, 1):
         missing = [index for index in range(len(images)) if index not in found]
         parts = [missing[i : i + each] for i in range(0, len(missing), each)]
@@ -131,14 +134,14 @@ def predict(
                 found |= part
                 listener.on_event(ItemsDone(len(part)))
         except ray.exceptions.RayError as error:
-            hint = "run it without --ray: is it the images?"
+            hint = "run without --ray to see whether an image is the cause"
             urls = [image for image in images if is_url(image)]
-            raise InfexportError("the workers cannot go on", scrubbed(last_line(error), *urls), hint) from error
+            raise InfexportError("the workers cannot continue", scrubbed(last_line(error), *urls), hint) from error
     for index in set(range(len(images))) - found.keys():
         died = InfexportError(
-            f"its worker died each time: {display_name(images, index)}",
-            f"tried {RETRIES + 1} times by itself",
-            "it may need more memory than there is: fewer --workers have more each",
+            f"the worker died on every attempt: {display_name(images, index)}",
+            f"the image was tried {RETRIES + 1} times alone",
+            "it may need more memory: with fewer --workers each has more",
         )
         found[index] = Failure(display_name(images, index), died)
         listener.on_event(ItemsDone(1))
@@ -146,7 +149,7 @@ def predict(
 
 
 def part_size(images: int, workers: int, batch_size: int) -> int:
-    """Images of a part: whole batches, PART images or, where workers would be idle at the end, fewer."""
+    """Return the images of a part: whole batches, about PART images, fewer where workers would be idle at the end."""
     share = min(PART, -(-images // (4 * workers)))
     return max(1, share // batch_size) * batch_size
 
@@ -159,7 +162,7 @@ def _done(
     parts: Sequence[Sequence[int]],
     listener: ProgressListener,
 ) -> Iterator[dict[int, ImageResult]]:
-    """The rows of every part, by their image's index; not those of parts whose worker died each time."""
+    """Yield the rows of every part by image index, except of parts whose worker died on every attempt."""
     import pyarrow as pa
     import ray.data as data
 
@@ -169,7 +172,7 @@ def _done(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # what is lost is found missing
+    context.max_errored_blocks = -1  # lost parts are found by their missing rows
     tables = [
         pa.table({
             "file": pa.array([os.fsencode(images[index]) for index in part], pa.binary()),
@@ -185,7 +188,7 @@ def _done(
         num_cpus=workers.threads,
         num_gpus=workers.gpus or None,
     )
-    told: set[str] = set()
+    reported: set[str] = set()
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         rows = rows_from_columns(batch)
         if batch[LOST].any():
@@ -194,8 +197,8 @@ def _done(
             assert isinstance(rows[0], Failure)
             raise rows[0].error
         for line in str(batch[RAN][0]).splitlines():
-            if line not in told:
-                told.add(line)
+            if line not in reported:
+                reported.add(line)
                 provider, _, precision = line.partition("\t")
                 listener.on_event(SessionOpened(provider, precision)) if precision else listener.on_event(Status(line))
         yield dict(zip(parts[batch[PLACE][0]], rows, strict=True))

@@ -1,4 +1,4 @@
-"""One image over workers: `infexport.inference.streaming.sharding` by Ray actors."""
+"""Prediction of one image on several workers: `infexport.inference.streaming.sharding` with Ray actors."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from infexport.system.progress import (
 )
 from infexport.system.urls import scrubbed
 
-EVERY = 0.5
-"""Seconds between two looks at how far the workers are."""
-PATIENCE = 10.0
-"""Seconds for workers to start, or to give back what they hold, before something is said or done."""
+POLL_SECONDS = 0.5
+"""Interval between two queries of the workers' progress."""
+WAIT_SECONDS = 10.0
+"""Time for workers to start before a status is shown, and to release resources before they are killed."""
 
 
 class Worker:
-    """An actor: shards of one image after another, and the session that runs their stages.
+    """Actor that runs one shard of an image at a time, and keeps the session of the stages.
 
     Args:
-        bundle: the folder.
-        digest: of the bundle that all workers run.
-        options: of the run.
+        bundle: folder of the bundle.
+        digest: digest of the bundle; all workers must run the same.
+        options: options of the run.
     """
 
     def __init__(self, bundle: Path, digest: str, options: InferenceOptions) -> None:
@@ -60,15 +60,18 @@ class Worker:
         self._chunk = 0
 
     def look(self, image: Path | str) -> tuple[tuple[int, int], float]:
-        """An image's grid of patches, and the share of padded pixels."""
+        """Return an image's grid of patches `(height, width)` and the share of padded pixels."""
         source = self._source(image)
         return source.grid, source.padded_share
 
     def open(self) -> tuple[str, str, list[str], int]:
-        """Open the bundle and its stages: where they run, in which precision, notes, and tokens at a time.
+        """Open the bundle and its stages.
+
+        Returns:
+            Provider, precision, notes, and tokens per chunk.
 
         Raises:
-            InfexportError: they cannot be opened here.
+            InfexportError: they cannot be opened on this node.
         """
         options = self._options
         opening = RunnerFactory(self._opened, options.provider, options.engine, options.threads)
@@ -77,13 +80,13 @@ class Worker:
         return self._stages.provider, self._stages.precision, opening.notes, self._chunk
 
     def take(self, image: Path | str, rows: range) -> None:
-        """Begin a shard of an image.
+        """Start a shard of an image.
 
         Raises:
-            InfexportError: the image or the bundle cannot be read here, or the shard does not fit into memory.
+            InfexportError: the image or the bundle cannot be read on this node, or the shard does not fit into memory.
         """
         self._drop()
-        if self._stages is None:  # this worker is in another's place
+        if self._stages is None:  # this worker replaces a lost one
             self.open()
         assert self._stages is not None, "opened"
         bundle, options = self._opened, self._options
@@ -102,21 +105,21 @@ class Worker:
         self._shard = Shard(bundle.manifest.config, stages, self._stages, source, rows, chunk, options.tokens)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """A method of the shard."""
+        """Call a method of the shard."""
         with named(*self._file):
             return getattr(self._shard, method)(*arguments)
 
     def facts(self) -> tuple[int, float]:
-        """Bytes of blocks that others gave, and the error of rounding."""
+        """Return bytes of blocks received from other workers, and the rounding error of the tokens."""
         assert self._shard is not None, "taken"
         return self._shard.received, self._shard.rounding
 
     def done(self) -> int:
-        """Rows of the stage that it is at; answered while it is at it."""
+        """Return the rows done in the current stage; callable while a stage runs."""
         return 0 if self._shard is None else self._shard.done
 
     def leave(self) -> None:
-        """Give back what the shard holds, and what was fetched."""
+        """Release the shard, and delete the fetched copy of the image."""
         self._drop()
         self._image.close()
         self._file = "", Path()
@@ -127,7 +130,7 @@ class Worker:
             self._shard = None
 
     def _source(self, image: Path | str) -> Source:
-        """Of an image, which is fetched once, to be looked at and taken."""
+        """Return the source of an image, which `look` and `take` fetch only once."""
         held, file = self._file
         if held != image:
             self.leave()
@@ -144,13 +147,13 @@ class Worker:
 
 
 class RayTeam:
-    """A `stream.shards.Team` of actors.
+    """A `sharding.Team` of actors.
 
     Args:
-        ray: connected.
-        workers: of the cluster; each is an actor.
-        bundle: which lies at the same path for all.
-        options: as of `Worker`.
+        ray: Ray's module, connected.
+        workers: number and resources of the actors.
+        bundle: the bundle, at the same path for all workers.
+        options: options of the run; see `Worker`.
     """
 
     def __init__(self, ray: ModuleType, workers: Workers, bundle: Bundle, options: InferenceOptions) -> None:
@@ -171,13 +174,13 @@ class RayTeam:
         return options.remote(*self._arguments)
 
     def open(self, listener: ProgressListener) -> tuple[str, str, list[str], int]:
-        """As of `Worker.open`, by all.
+        """Open the bundle in all workers; see `Worker.open`.
 
         Args:
-            listener: told of a cluster that has no place for them now.
+            listener: receives a status while the cluster has no free resources for them.
         """
         results = [actor.open.remote() for actor in self._actors]
-        ready, _ = self._ray.wait(results, num_returns=len(results), timeout=PATIENCE)
+        ready, _ = self._ray.wait(results, num_returns=len(results), timeout=WAIT_SECONDS)
         if len(ready) < len(results):
             listener.on_event(
                 Status(f"{len(ready)} of {len(results)} workers have started: the cluster may be in use by others")
@@ -186,23 +189,23 @@ class RayTeam:
         return found[0]
 
     def look(self, image: Path | str) -> tuple[tuple[int, int], float]:
-        """As of `Worker.look`."""
+        """Return grid and padded share of an image; see `Worker.look`."""
         self.waiting = lambda done: None
-        found: tuple[tuple[int, int], float] = self._begun(0, "look", image)
+        found: tuple[tuple[int, int], float] = self._retried(0, "look", image)
         return found
 
     def take(self, image: Path | str, rows: Sequence[range]) -> None:
-        """Have every worker take its rows; as of `Worker.take`."""
+        """Assign its rows to every worker; see `Worker.take`."""
         self._image, self.rows = image, rows
         results = [actor.take.remote(image, part) for actor, part in zip(self._actors, rows, strict=True)]
         for shard, result in enumerate(results):
             try:
                 self.value(result)
             except Lost:
-                self._begun(shard, "take", image, rows[shard])
+                self._retried(shard, "take", image, rows[shard])
 
-    def _begun(self, shard: int, method: str, *arguments: Any) -> Any:
-        """What a worker answers, made anew if it is lost: it had nothing yet."""
+    def _retried(self, shard: int, method: str, *arguments: Any) -> Any:
+        """Call a worker; if it is lost, replace it once, which loses nothing before its shard has started."""
         try:
             return self.value(getattr(self._actors[shard], method).remote(*arguments))
         except Lost:
@@ -216,7 +219,7 @@ class RayTeam:
         return self._actors[shard].call.remote(method, *arguments)
 
     def facts(self) -> list[tuple[int, float]]:
-        """As of `Worker.facts`, of those that still know."""
+        """Return `Worker.facts` of all workers that still run."""
         found = []
         for actor in self._actors:
             with suppress(Lost):
@@ -226,7 +229,7 @@ class RayTeam:
     def value(self, result: Any) -> Any:
         exceptions = self._ray.exceptions
         try:
-            while not self._ray.wait([result], timeout=EVERY)[0]:
+            while not self._ray.wait([result], timeout=POLL_SECONDS)[0]:
                 self.waiting(self._done())
             return self._ray.get(result)
         except exceptions.RayError as error:
@@ -234,19 +237,21 @@ class RayTeam:
             if isinstance(cause, InfexportError):
                 raise cause from None
             if isinstance(cause, MemoryError):
-                raise InfexportError("a worker has not enough memory", str(cause), MEMORY_HINT) from error
+                raise InfexportError("a worker does not have enough memory", str(cause), MEMORY_HINT) from error
             text = last_line(error)
-            if "creation task" in str(cause):  # it never was one
-                raise InfexportError("a worker cannot start", text, "is infexport installed on every node?") from error
+            if "creation task" in str(cause):  # it never started
+                raise InfexportError(
+                    "a worker cannot start", text, "check that infexport is installed on every node"
+                ) from error
             lost = exceptions.RayActorError, exceptions.ObjectLostError, exceptions.WorkerCrashedError
             if isinstance(cause, (*lost, exceptions.OutOfMemoryError)):
                 raise Lost from error
             raise InfexportError("a worker failed", scrubbed(text, str(self._image))) from error
 
     def _done(self) -> int:
-        """Rows that all shards have done; those that do not answer at once, none."""
+        """Return the rows done by all shards, without those that do not answer within POLL_SECONDS."""
         asked = [actor.done.remote() for actor in self._actors]
-        ready, _ = self._ray.wait(asked, num_returns=len(asked), timeout=EVERY)
+        ready, _ = self._ray.wait(asked, num_returns=len(asked), timeout=POLL_SECONDS)
         try:
             return sum(self._ray.get(ready))
         except self._ray.exceptions.RayError:
@@ -255,18 +260,18 @@ class RayTeam:
     def replace(self, shard: int) -> None:
         self._ray.kill(self._actors[shard])
         cores, needed = self._ray.cluster_resources().get("CPU", 0), self.count * self._workers.threads
-        if cores < needed:  # a node is gone: the worker would wait for another
+        if cores < needed:  # a node is gone: the new worker would wait for resources
             raise InfexportError(
                 "the cluster has become too small",
-                f"{self.count} workers of {self._workers.threads} cores each, and {cores:.0f} cores are left",
-                "run it again, with fewer --workers",
+                f"{self.count} workers need {self._workers.threads} cores each, and {cores:.0f} cores are left",
+                "run again with fewer --workers",
             )
         self._actors[shard] = self._start()
         self.value(self._actors[shard].take.remote(self._image, self.rows[shard]))
 
     def close(self) -> None:
-        # what was fetched is deleted by who did
-        self._ray.wait([actor.leave.remote() for actor in self._actors], num_returns=self.count, timeout=PATIENCE)
+        # a fetched copy is deleted by the worker that made it
+        self._ray.wait([actor.leave.remote() for actor in self._actors], num_returns=self.count, timeout=WAIT_SECONDS)
         for actor in self._actors:
             self._ray.kill(actor)
 
@@ -279,15 +284,15 @@ def predict(
     images: Sequence[Path | str],
     listener: ProgressListener,
 ) -> list[ImageResult]:
-    """A row for every image, in their order: each is run by all workers together.
+    """Return a prediction or a failure for every image, in order; all workers run each image together.
 
     Args:
-        ray: connected.
-        workers: of the cluster.
-        bundle: which lies at the same path for all.
-        options: of the run; `memory` and `threads` are of each worker.
-        images: files that they can read, or URLs.
-        listener: told of it.
+        ray: Ray's module, connected.
+        workers: number and resources of the workers.
+        bundle: the bundle, at the same path for all workers.
+        options: options of the run; `memory` and `threads` apply to each worker.
+        images: files that the workers can read, or URLs.
+        listener: receives progress events.
 
     Raises:
         InfexportError: the bundle cannot be run at all.
@@ -299,7 +304,7 @@ def predict(
         try:
             provider, precision, notes, chunk = team.open(listener)
         except Lost as error:
-            raise InfexportError("a worker is lost before it began", hint=MEMORY_HINT) from error
+            raise InfexportError("a worker was lost before it started", hint=MEMORY_HINT) from error
         for note in notes:
             listener.on_event(Status(note))
         listener.on_event(SessionOpened(provider, precision))
@@ -310,7 +315,7 @@ def predict(
             except InfexportError as error:
                 rows.append(Failure(name, error))
             except Lost:
-                rows.append(Failure(name, InfexportError("a worker is lost as often as it begins", hint=MEMORY_HINT)))
+                rows.append(Failure(name, InfexportError("a worker was lost on every attempt", hint=MEMORY_HINT)))
             listener.on_event(ItemsDone(1))
     return rows
 

@@ -1,4 +1,4 @@
-"""`config.pbtxt`: what Triton is told of a model, made as Triton's own message and judged against the graph."""
+"""`config.pbtxt`, the configuration of a model: built as Triton's own message and checked against the graph."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan", "python": ""}
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
-"""Dtype as NumPy calls it → as Triton does."""
-
-"""Smallest, best and largest shape, as sidecars of engines have it."""
+"""NumPy's name of a dtype → Triton's."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """How a bundle is to be served.
+    """Options of a served model.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         backend: `onnxruntime` and `tensorrt` run a graph, which takes whole patches; `python` runs `Predictor`, which
             takes images of any size.
-        device: where.
-        instances: how many run side by side.
-        max_batch_size: images at once.
+        device: device of the instances.
+        instances: number of instances that run in parallel.
+        max_batch_size: images per batch.
         max_queue_delay: microseconds that a request may wait for others.
-        engine: name of a set of engines; of `tensorrt` and `python`.
-        threads: of ONNX Runtime, for an instance; None for all cores.
-        size, memory: as of `Predictor`; of `python`.
-        max_pixels: of an image; `python` refuses larger ones.
+        engine: name of a set of engines, for `tensorrt` and `python`.
+        threads: threads of ONNX Runtime per instance; None for all cores.
+        size, memory: options of `Predictor`, for `python`.
+        max_pixels: largest number of pixels of an image; `python` refuses larger ones.
     """
 
     name: str
@@ -53,13 +51,13 @@ class Service:
     max_pixels: int = 2**26
 
 
-def make_config(bundle: Bundle, service: Service, best: Sequence[int] | None = None) -> Any:
-    """Triton's message, `ModelConfig`.
+def make_config(bundle: Bundle, service: Service, opt: Sequence[int] | None = None) -> Any:
+    """Build Triton's message `ModelConfig`.
 
     Args:
-        bundle: to be served.
-        service: how.
-        best: shape of the input that the first request shall have, `[B, …]`; None for one image of the trained size.
+        bundle: the bundle to serve.
+        service: options of the model.
+        opt: input shape of the warm-up request, `[B, …]`; None for one image of the trained size.
     """
     from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
@@ -73,13 +71,13 @@ def make_config(bundle: Bundle, service: Service, best: Sequence[int] | None = N
     if bundle.labels is not None:
         config.output[0].label_filename = LABELS
     kind = ModelInstanceGroup.KIND_GPU if service.device == "gpu" else ModelInstanceGroup.KIND_CPU
-    # of several GPUs Predictor takes the first, so that instances for the others would be there, too
+    # Predictor uses the first GPU: without this Triton would start instances for the other GPUs on it, too
     first_gpu = [0] if service.device == "gpu" and service.backend == "python" else []
     config.instance_group.add(count=service.instances, kind=kind, gpus=first_gpu)
-    # Triton puts requests of equal shapes alone together unless told otherwise: none are padded to a common size
+    # by default Triton batches only requests of equal shapes: none are padded to a common size
     config.dynamic_batching.max_queue_delay_microseconds = service.max_queue_delay
     warmup = config.model_warmup.add(name="first request", batch_size=1)
-    first = trained if best is None else best[1:]
+    first = trained if opt is None else opt[1:]
     warmup.inputs[name].CopyFrom(type(warmup.inputs[name])(data_type=DataType.Value(TYPES[dtype]), dims=first))
     warmup.inputs[name].zero_data = True
     for key, value in _parameters(service).items():
@@ -88,7 +86,7 @@ def make_config(bundle: Bundle, service: Service, best: Sequence[int] | None = N
 
 
 def _input(manifest: Manifest, service: Service) -> tuple[str, str, list[int], list[int]]:
-    """Name, dtype, dims without the batch, and those of an image of the trained size."""
+    """Return the input's name, dtype and dims without the batch, and the dims of an image of the trained size."""
     side = manifest.config.image_size
     if service.backend == "python" or manifest.input == "uint8":
         return "image", "uint8", [-1, -1, 3], [side, side, 3]
@@ -118,10 +116,10 @@ def write_config(config: Any, file: Path) -> None:
 
 
 def read_config(file: Path) -> Any:
-    """A `config.pbtxt` as Triton reads it.
+    """Parse a `config.pbtxt` as Triton does.
 
     Raises:
-        InfexportError: it has fields that Triton does not know, or of other types.
+        InfexportError: it has fields that Triton does not know, or values of a wrong type.
     """
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -129,7 +127,7 @@ def read_config(file: Path) -> Any:
     try:
         return text_format.Parse(file.read_text(encoding="utf-8"), ModelConfig())
     except text_format.ParseError as error:
-        raise InfexportError(f"Triton would not read {file}", str(error)) from error
+        raise InfexportError(f"Triton cannot read {file}", str(error)) from error
 
 
 def check_config(
@@ -139,47 +137,49 @@ def check_config(
     outputs: Sequence[Port],
     profile: Mapping[str, ShapeRange] | None = None,
 ) -> Any:
-    """A `config.pbtxt`, judged by what Triton's message does not hold it to: the graph.
+    """Check a `config.pbtxt` against the graph, which Triton's message does not cover.
 
     Args:
-        file: it.
-        name: of the model's folder.
-        inputs, outputs: of what it serves; their first axis is the batch.
-        profile: of an engine, by input; None where the graph takes any batch and size.
+        file: the `config.pbtxt`.
+        name: name of the model's folder.
+        inputs, outputs: ports of the served graph; their first axis is the batch.
+        profile: profile of the engine, by input; None if the graph takes any batch and size.
 
     Returns:
         Triton's message.
 
     Raises:
-        InfexportError: they disagree; says in what.
+        InfexportError: they disagree; the details list every difference.
     """
     config = read_config(file)
     wrong = [] if config.name == name else [f"name: {config.name} in the folder {name}"]
-    for kind, told, ports in (("input", config.input, inputs), ("output", config.output, outputs)):
-        wrong += _differences(kind, told, ports)
+    for kind, tensors, ports in (("input", config.input, inputs), ("output", config.output, outputs)):
+        wrong += _differences(kind, tensors, ports)
     for output in config.output:
         if output.label_filename:
             wrong += _wrong_labels(file.parent / output.label_filename, output)
-    for tensor, (least, _, most) in (profile or {}).items():
-        if not least[0] == 1 <= config.max_batch_size <= most[0]:
-            wrong.append(f"batch: {tensor} 1 to {config.max_batch_size}, the engine takes {least[0]} to {most[0]}")
+    for tensor, shapes in (profile or {}).items():
+        if not shapes.min[0] == 1 <= config.max_batch_size <= shapes.max[0]:
+            wrong.append(
+                f"batch: {tensor} 1 to {config.max_batch_size}, the engine takes {shapes.min[0]} to {shapes.max[0]}"
+            )
     for warmup in config.model_warmup:
         wrong += _wrong_warmup(warmup, config, profile or {})
     if wrong:
-        raise InfexportError(f"{file} disagrees with what it serves", "\n".join(wrong))
+        raise InfexportError(f"{file} disagrees with the served graph", "\n".join(wrong))
     return config
 
 
-def _differences(kind: str, told: Sequence[Any], ports: Sequence[Port]) -> list[str]:
+def _differences(kind: str, tensors: Sequence[Any], ports: Sequence[Port]) -> list[str]:
     from tritonclient.grpc.model_config_pb2 import DataType
 
-    says = {tensor.name: (DataType.Name(tensor.data_type), list(tensor.dims)) for tensor in told}
-    # a dynamic axis has a name; the batch is no part of what Triton calls dims
-    has = {port.name: (TYPES.get(port.dtype, port.dtype), [_dim(axis) for axis in port.shape[1:]]) for port in ports}
+    configured = {tensor.name: (DataType.Name(tensor.data_type), list(tensor.dims)) for tensor in tensors}
+    # a dynamic axis has a name; Triton's dims do not include the batch
+    actual = {port.name: (TYPES.get(port.dtype, port.dtype), [_dim(axis) for axis in port.shape[1:]]) for port in ports}
     wrong = [
-        f"{kind} {name}: {says.get(name, 'missing')}, the graph has {has.get(name, 'none')}"
-        for name in dict.fromkeys([*says, *has])
-        if says.get(name) != has.get(name)
+        f"{kind} {name}: {configured.get(name, 'missing')}, the graph has {actual.get(name, 'none')}"
+        for name in dict.fromkeys([*configured, *actual])
+        if configured.get(name) != actual.get(name)
     ]
     return wrong + [
         f"{kind} {port.name}: the graph's batch is fixed, {port.shape[0]}"
@@ -200,30 +200,30 @@ def _wrong_labels(file: Path, output: Any) -> list[str]:
 
 
 def _wrong_warmup(warmup: Any, config: Any, profile: Mapping[str, ShapeRange]) -> list[str]:
-    """Whether the first request is one that the model takes: Triton finds out when it loads the model."""
+    """List warm-up inputs that the model does not take, which Triton would report when it loads the model."""
     wrong = []
     for tensor in config.input:
         first = warmup.inputs[tensor.name]
         fits = len(first.dims) == len(tensor.dims) and all(
-            told in (-1, size) for told, size in zip(tensor.dims, first.dims, strict=True)
+            dim in (-1, size) for dim, size in zip(tensor.dims, first.dims, strict=True)
         )
         if tensor.name in profile and fits:
-            least, _, most = profile[tensor.name]
-            fits = all(a <= size <= b for a, size, b in zip(least[1:], first.dims, most[1:], strict=True))
+            shapes = profile[tensor.name]
+            fits = all(a <= size <= b for a, size, b in zip(shapes.min[1:], first.dims, shapes.max[1:], strict=True))
         if not fits or first.data_type != tensor.data_type:
             wrong.append(f"warm-up: {tensor.name} {list(first.dims)} for {list(tensor.dims)}")
     return wrong
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Triton's message for machines, its fields as `config.pbtxt` has them."""
+    """Convert Triton's message to JSON values, with the field names of `config.pbtxt`."""
     from google.protobuf.json_format import MessageToDict
 
     return MessageToDict(config, preserving_proto_field_name=True)
 
 
 def list_tensors(config: Any) -> list[tuple[str, str]]:
-    """`input` or `output`, and what it is, of every tensor of Triton's message."""
+    """Return (`input` or `output`, description) for every tensor of Triton's message."""
     from tritonclient.grpc.model_config_pb2 import DataType
 
     def text(tensor: Any) -> str:

@@ -1,7 +1,7 @@
-"""A bundle in Triton's python backend: this file lies in the repository as `1/model.py`, beside `1/bundle`.
+"""A bundle in Triton's python backend: this file is copied to the repository as `1/model.py`, next to `1/bundle`.
 
-Tensors pass by DLPack. The backend's own conversions are compiled against NumPy 1 up to Triton 24.10 at least: under
-NumPy 2 `as_numpy` there gives an array whose strides are 0, every pixel the first one, and no error.
+Tensors are passed by DLPack. The backend's own conversions are compiled against NumPy 1, up to Triton 24.10 at least.
+With NumPy 2, `as_numpy` returns an array whose strides are 0: every pixel equals the first one, and no error is raised.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # Triton's own, there where it runs
+import triton_python_backend_utils as pb_utils  # provided by Triton in the server
 from numpy.typing import NDArray
 
 from infexport.errors import InfexportError
@@ -21,30 +21,30 @@ from infexport.inference.prediction import Failure, ImageResult
 from infexport.inference.predictor import Predictor
 
 CONSUMED = b"used_dltensor"
-"""Name of a DLPack capsule that has been taken; kept here, since a capsule holds no copy of it."""
+"""Name of a consumed DLPack capsule; a global, since a capsule holds a pointer to its name and no copy."""
 ctypes.pythonapi.PyCapsule_SetName.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class TritonPythonModel:
-    """What Triton starts, once for every instance."""
+    """Model class that Triton creates once per instance."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Open the bundle; an error here is a model that is not ready.
+        """Open the bundle; after an error the model is not ready.
 
         Args:
-            args: of Triton: where the repository is, and `model_config`, `config.pbtxt` as JSON.
+            args: Triton's arguments: the model's place in the repository, and `model_config`, `config.pbtxt` as JSON.
         """
         config = json.loads(args["model_config"])
-        told = {name: value["string_value"] for name, value in config["parameters"].items()}
-        size = told["size"]
-        self._max_pixels = int(told["max_pixels"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        size = parameters["size"]
+        self._max_pixels = int(parameters["max_pixels"])
         self._predictor = Predictor(
             Path(args["model_repository"]) / args["model_version"] / "bundle",
             size=int(size) if size.isdecimal() else size,
-            provider=told["provider"],
-            engine=told.get("engine"),
-            memory=int(told["memory"]) if "memory" in told else None,
-            threads=int(told["threads"]) if "threads" in told else None,
+            provider=parameters["provider"],
+            engine=parameters.get("engine"),
+            memory=int(parameters["memory"]) if "memory" in parameters else None,
+            threads=int(parameters["threads"]) if "threads" in parameters else None,
             batch_size=config["max_batch_size"],
         )
         try:
@@ -52,13 +52,13 @@ class TritonPythonModel:
             (row,) = self._predictor.predict([np.zeros((side, side, 3), np.uint8)])
             if isinstance(row, Failure):
                 raise row.error
-        except InfexportError as error:  # its text alone is what Triton shows
+        except InfexportError as error:  # Triton shows only the text
             raise pb_utils.TritonModelException("\n".join([error.summary, error.details, error.hint])) from error
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """A response for every request, in their order; what is wrong with one is an error of that one.
+        """Return a response for every request, in order; an invalid request fails alone.
 
-        Images of equal size are run together, whichever requests they are of.
+        Images of equal size are run together, even from several requests.
         """
         given = [self._images(request) for request in requests]
         images = [image for each in given if isinstance(each, np.ndarray) for image in each]
@@ -74,9 +74,9 @@ class TritonPythonModel:
         self._predictor.close()
 
     def _images(self, request: Any) -> NDArray[np.uint8] | Any:
-        """The images of a request, `[B, H, W, 3]`, in Triton's memory; or the error it is answered with."""
+        """Return the images of a request, `[B, H, W, 3]`, in Triton's memory, or the error to respond with."""
         tensor = pb_utils.get_input_tensor_by_name(request, "image")
-        _, height, width, _ = tensor.shape()  # Triton has refused all that is not as config.pbtxt says
+        _, height, width, _ = tensor.shape()  # Triton checks name, dtype and shape against config.pbtxt
         if not 0 < height * width <= self._max_pixels:
             text = (
                 f"an image of {width}x{height} pixels; received {height * width:,}, expected 1 to {self._max_pixels:,}"
@@ -85,19 +85,19 @@ class TritonPythonModel:
         return np.from_dlpack(tensor)
 
     def _rows(self, images: Sequence[NDArray[np.uint8]]) -> list[ImageResult]:
-        """As of `Predictor.predict`; an error that is no image's is every image's."""
+        """Predict; see `Predictor.predict`. An error that concerns no single image becomes the failure of all."""
         try:
             return self._predictor.predict(images)
         except InfexportError as error:
-            told = error
-        except Exception as error:  # the server goes on, whatever it is
+            shown = error
+        except Exception as error:  # the server continues after any error
             pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-            told = InfexportError("a bug in infexport, or in what it runs on", type(error).__name__)
-        return [Failure("", told)] * len(images)
+            shown = InfexportError("a bug in infexport, or in a library below it", type(error).__name__)
+        return [Failure("", shown)] * len(images)
 
 
 def _response(rows: Sequence[ImageResult]) -> Any:
-    """Of one request: `logits [B, classes]` and `features [B, E]`, or the error of the first image that has one."""
+    """Build a response: `logits [B, classes]` and `features [B, E]`, or the first error among the images."""
     for row in rows:
         if isinstance(row, Failure):
             error = pb_utils.TritonError(row.text, pb_utils.TritonError.INTERNAL)
@@ -111,6 +111,6 @@ def _response(rows: Sequence[ImageResult]) -> Any:
 def _tensor(name: str, values: NDArray[np.float32]) -> Any:
     capsule = values.__dlpack__()
     tensor = pb_utils.Tensor.from_dlpack(name, capsule)
-    # the backend marks a capsule by a name of its own, at which NumPy complains when it comes to free it
+    # the backend renames the capsule, and NumPy warns about an unknown name when it frees it
     ctypes.pythonapi.PyCapsule_SetName(capsule, CONSUMED)
     return tensor

@@ -1,4 +1,4 @@
-"""Bundle → a model in a repository of Triton Inference Server."""
+"""Package a bundle as a model in a repository of Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from infexport.system.dependencies import require
 from infexport.system.untrusted_files import listed
 
 VERSION = "1"
-SERVED = Path(__file__).with_name("model.py")
-"""What Triton's python backend runs."""
+MODEL_SCRIPT = Path(__file__).with_name("model.py")
+"""Model script for Triton's python backend."""
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model as it was made.
+    """A packaged model.
 
     Attributes:
-        path: its folder.
-        config: Triton's message, as read back.
-        engine: that Triton itself runs.
+        path: folder of the model.
+        config: Triton's message, read back from `config.pbtxt`.
+        engine: the engine that Triton's TensorRT backend runs; None for other backends.
     """
 
     path: Path
@@ -41,31 +41,31 @@ class Packaged:
 
 
 def default_name(bundle: Bundle) -> str:
-    """A name for Triton: the folder's, of letters that do in a URL."""
+    """Return the folder's name with only characters that are valid in a URL."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.path.resolve().name).strip("-.") or "model"
 
 
 def package(bundle: Bundle, repository: Path, service: Service, force: bool = False) -> Packaged:
-    """Make a model, which appears in the repository when it is whole.
+    """Create a model, which appears in the repository once it is complete.
 
     Args:
-        bundle: opened, its hashes checked.
-        repository: a folder of models, made where there is none.
-        service: how it is to be served.
-        force: replace a model of this name that is there already.
+        bundle: the bundle, open, its hashes checked.
+        repository: folder of models; created if missing.
+        service: options of the model.
+        force: replace an existing model of this name.
 
     Raises:
-        InfexportError: a model of this name is there, no engine can be served, or the model does not agree with the
+        InfexportError: a model of this name exists, no engine can be served, or the configuration disagrees with the
             graph.
     """
     require("tritonclient", "grpc", extra="triton")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", service.name):
         raise InfexportError(
-            f"no name for a model: {service.name!r}",
-            "expected letters, digits and _ . -, as it is part of a folder's name and of URLs",
+            f"invalid name of a model: {service.name!r}",
+            "expected letters, digits and _ . -, since it becomes part of a folder's name and of URLs",
         )
     if (repository / FILE).exists():
-        raise InfexportError(f"the output is a bundle: {repository}", hint="name a folder of its own for the models")
+        raise InfexportError(f"the output is a bundle: {repository}", hint="choose a separate folder for the models")
     side = bundle.manifest.config.image_size
     if service.backend == "python" and service.max_pixels < side * side:
         raise InfexportError(
@@ -83,22 +83,22 @@ def package(bundle: Bundle, repository: Path, service: Service, force: bool = Fa
             lines = [" ".join(label.split()) for label in bundle.labels]
             (folder / LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         profile = None if engine is None else engine.recorded.profile
-        best = None if profile is None else next(iter(profile.values())).opt
-        write_config(make_config(bundle, service, best), folder / CONFIG)
+        opt = None if profile is None else next(iter(profile.values())).opt
+        write_config(make_config(bundle, service, opt), folder / CONFIG)
         config = check_config(folder / CONFIG, service.name, inputs, outputs, profile)
     return Packaged(path, config, engine)
 
 
 def _check_free(path: Path, force: bool) -> None:
-    """Refuse what would be lost: anything but an empty folder or, with `force`, a model as it is made here."""
+    """Refuse to overwrite anything but an empty folder or, with `force`, a model that infexport made."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / CONFIG).is_file():
-        raise InfexportError(f"the output exists and is no model: {path}", hint="choose another --name")
+        raise InfexportError(f"the output exists and is not a model: {path}", hint="choose another --name")
     if not force:
         raise InfexportError(f"the model exists: {path}", hint="choose another --name, or replace it with --force")
     foreign = [item for item in listed(path) if item.name not in (CONFIG, LABELS, VERSION)]
-    known = (MODEL, "model.plan", SERVED.name, "bundle", "__pycache__")
+    known = (MODEL, "model.plan", MODEL_SCRIPT.name, "bundle", "__pycache__")
     foreign += [item for item in listed(path / VERSION) if item.name not in known]
     if foreign:
         raise InfexportError(
@@ -109,9 +109,9 @@ def _check_free(path: Path, force: bool) -> None:
 
 
 def _engines(bundle: Bundle, name: str | None, backend: str | None = None) -> EngineSet:
-    """The engines to serve, of the whole graph and of a library where one is asked for.
+    """Return the set of engines to serve: of the whole graph, and of the given library if there is one.
 
-    They are for the GPU of the server, which need not be this machine's.
+    The engines are for the server's GPU, which need not be in this machine.
     """
     sets = find_engine_sets(bundle, "whole")
     found = [each for each in sets if name in (None, each.name) and backend in (None, each.backend)]
@@ -126,46 +126,46 @@ def _engines(bundle: Bundle, name: str | None, backend: str | None = None) -> En
     others = "\n".join(f"{each.name}: built with {each.backend}" for each in sets)
     hint = f"on the server's GPU: infexport build-engine {bundle.path} --target local --backend tensorrt"
     if backend is not None and any(each.backend == "tensorrt-rtx" for each in sets):
-        others += "\nTriton's TensorRT backend runs plans of TensorRT alone, none of TensorRT-RTX"
-        hint += "; or serve what there is with --backend python --engine NAME"
+        others += "\nTriton's TensorRT backend runs only engines of TensorRT, not of TensorRT-RTX"
+        hint += "; or serve an existing one with --backend python --engine NAME"
     what = f"engine {name}" if name else "engine"
     raise InfexportError(
-        f"this bundle has no {what} of the whole graph that can be served", others or "it has none at all", hint
+        f"this bundle has no {what} of the whole graph that can be served", others or "it has no engines", hint
     )
 
 
-Filled = tuple[Bundle, Engine | None]
-"""The bundle whose graph is served, and the engine where Triton itself runs one."""
+Served = tuple[Bundle, Engine | None]
+"""The bundle whose graph is served, and the engine if Triton itself runs one."""
 
 
-def _fill_onnxruntime(bundle: Bundle, service: Service, version: Path) -> Filled:
-    # a model of several files is a folder, whose model has this name again
+def _fill_onnxruntime(bundle: Bundle, service: Service, version: Path) -> Served:
+    # a model of several files is a folder that contains a file of the same name
     _copy(bundle, bundle.manifest.graph, version / MODEL)
     return Bundle(version / MODEL, bundle.manifest), None
 
 
-def _fill_tensorrt(bundle: Bundle, service: Service, version: Path) -> Filled:
+def _fill_tensorrt(bundle: Bundle, service: Service, version: Path) -> Served:
     (engine,) = _engines(bundle, service.engine, "tensorrt").engines.values()
     shutil.copyfile(bundle.path / ENGINES / engine.file, version / "model.plan")
     return bundle, engine
 
 
-def _fill_python(bundle: Bundle, service: Service, version: Path) -> Filled:
+def _fill_python(bundle: Bundle, service: Service, version: Path) -> Served:
     files = [FILE, *bundle.manifest.files]
     if service.engine is not None:
         engines = _engines(bundle, service.engine)
-        # those that stream have the same name, and are served where there are any
+        # engines of the stages have the same name, and are included if there are any
         streaming = [each for each in find_engine_sets(bundle, "stream") if each.name == engines.name]
         for each in (engines, *streaming):
             for engine in each.engines.values():
                 files += [f"{ENGINES}/{engine.file}", f"{ENGINES}/{engine.file}.json"]
     _copy(bundle, files, version / "bundle")
-    shutil.copyfile(SERVED, version / SERVED.name)
+    shutil.copyfile(MODEL_SCRIPT, version / MODEL_SCRIPT.name)
     return open_bundle(version / "bundle"), None
 
 
 _FILL = {"onnxruntime": _fill_onnxruntime, "tensorrt": _fill_tensorrt, "python": _fill_python}
-"""Backend → what writes the files of a version."""
+"""Backend → function that writes the files of a version."""
 
 
 def _copy(bundle: Bundle, files: Iterable[str], to: Path) -> None:
@@ -175,7 +175,7 @@ def _copy(bundle: Bundle, files: Iterable[str], to: Path) -> None:
 
 
 def _ports(served: Bundle, service: Service) -> tuple[list[Port], list[Port]]:
-    """What Triton's clients give and get, as ONNX Runtime has it of the files that are served."""
+    """Return inputs and outputs of the served model, which ONNX Runtime reads from the served files."""
     with OrtRunner(served, "cpu") as runner:
         inputs, outputs = runner.ports
     if service.backend == "python":

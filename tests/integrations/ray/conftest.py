@@ -1,4 +1,4 @@
-"""Ray, started once for the tests of a process."""
+"""Fixtures with Ray, which is started once per test process."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def ray() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def processes() -> Callable[[str], list[int]]:
-    """Numbers of the processes of ours in whose command line a text is."""
+    """Function: text → ids of descendant processes whose command line contains it."""
     return lambda text: [process for process, command in descendants().items() if text in command]

@@ -1,4 +1,4 @@
-"""Where workers run."""
+"""Connection to Ray, and the plan of its workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LISTENING = "0A"
 
 
 def listening() -> list[str]:
-    """Addresses at which this process's descendants listen, hexadecimal, as /proc has them."""
+    """Return addresses at which this process's descendants listen, in the hexadecimal form of /proc."""
     sockets = set()
     for process in descendants():
         try:
@@ -51,7 +51,7 @@ def test_it_says_nothing_to_its_makers_and_shows_no_page(ray):
     daemons = [text for text in started if "gcs_server" in text.split()[0] or "dashboard/dashboard.py" in text]
     assert len(daemons) == 2
     assert all(b"RAY_USAGE_STATS_ENABLED=0" in started[text] for text in daemons)
-    # its head runs where there is no dashboard, too: to report usage, where that is not forbidden
+    # the head of the dashboard runs even without a dashboard, to report usage where that is enabled
     assert all("--disable-frontend" in text for text in started if "dashboard/dashboard.py" in text)
 
 
@@ -90,7 +90,7 @@ def test_options_that_do_not_go_together(infexport, options, tmp_path, monkeypat
 
 
 class Nodes:
-    """Ray, connected to nodes of such resources."""
+    """A connected Ray whose nodes have the given resources."""
 
     def __init__(self, *resources):
         self.resources = resources
@@ -111,7 +111,7 @@ def node(cores, gpus=0, memory=2**30):
         ([node(8)], 2, None, False, (2, 4, 0, 2**29)),
         ([node(8), node(16)], None, None, True, (2, 8, 0, 2**29)),
         ([node(8, 2), node(8, 2)], None, None, False, (4, 4, 1, 2**29)),
-        # each has a place on one node
+        # each worker fits on one node
         ([node(3), node(3)], None, 2, False, (2, 2, 0, 2**30)),
         ([node(8, 2), node(8)], None, None, False, (2, 4, 1, 2**29)),
         ([node(1), node(16), node(16)], None, None, True, (3, 8, 0, 2**29)),
@@ -128,16 +128,16 @@ def test_workers(nodes, count, threads, by_node, expected):
     [([node(3), node(3)], 3, 2, "3 cores, 3 cores"), ([node(8, 1)], 4, None, "8 cores and 1 GPUs")],
 )
 def test_workers_that_have_no_place(nodes, count, threads, told):
-    with pytest.raises(InfexportError, match=f"no place for {count} workers") as caught:
+    with pytest.raises(InfexportError, match=f"not enough cores for {count} workers") as caught:
         plan_workers(Nodes(*nodes), count, threads, by_node=False)
     assert caught.value.details == f"the cluster has {told}"
 
 
 def test_ray_that_was_imported_before(tmp_path):
-    """It has read its environment by then, and would listen to all."""
+    """Ray has read its environment by then, and would listen on all addresses."""
     code = "import ray\nfrom infexport.integrations.ray.cluster import connected\nwith connected('local'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert "Ray was imported before infexport could tell it to stay on this machine" in done.stderr
+    assert "Ray was imported before infexport could restrict it to this machine" in done.stderr
 
 
 def test_a_cluster_without_cores():
@@ -172,7 +172,7 @@ def handled():
 
 
 def started(signals=1, error=None):
-    """Start what takes so many signals meanwhile, and may fail."""
+    """Send signals during a start, which may fail."""
     with cluster._signals_held():
         for _ in range(signals):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -214,7 +214,7 @@ def test_signals_are_left_alone_in_other_threads():
 
 
 def session(number: int) -> list[int]:
-    """Processes of a session that live."""
+    """Return the live processes of a session."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -227,7 +227,9 @@ def session(number: int) -> list[int]:
 def test_a_command_that_is_ended_while_ray_starts_leaves_nothing(number, code, zoo_bundle, tmp_path):
     arguments = ["run-engine", str(zoo_bundle("digits-linear")), str(ZOO / "digits-held-out"), "--ray"]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    environment = os.environ | {"TMPDIR": str(tmp_path)} if len(str(tmp_path)) <= cluster.LONGEST else os.environ
+    environment = (
+        os.environ | {"TMPDIR": str(tmp_path)} if len(str(tmp_path)) <= cluster.MAX_FOLDER_CHARACTERS else os.environ
+    )
     process = subprocess.Popen(
         [f"{sys.prefix}/bin/infexport", *arguments],
         stderr=subprocess.PIPE,

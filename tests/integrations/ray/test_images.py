@@ -1,4 +1,4 @@
-"""Many images on many workers: the answers of one process, whoever dies."""
+"""Many images on many workers give the results of one process, even if a worker dies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_held_out_digit(infexport, ray, bundle, digits, tmp_path):
 
 
 class Noted(Predictor):
-    """Notes every part that it begins; waits in the one of `stop`, dies of `poison`, and has a bug with `odd`."""
+    """Records every part that it starts; waits at image `stop`, dies at `poison` and raises at `odd`."""
 
     folder, stop, poison, odd = None, None, None, None
 
@@ -87,7 +87,7 @@ class Noted(Predictor):
 
 @pytest.fixture
 def noted(ray, bundle, tmp_path, monkeypatch):
-    """A `Noted`: what it does is sent to the workers with the class."""
+    """A `Noted` predictor, whose class is sent to the workers by value."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(Noted, "folder", tmp_path)
     return Noted(bundle, batch_size=8, threads=1)
@@ -130,7 +130,7 @@ def test_an_image_that_its_worker_dies_of_is_one_failure(ray, bundle, digits, no
 
     rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, Counted())
     assert isinstance(rows[9], Failure)
-    assert rows[9].error.summary == f"its worker died each time: {files[9]}"
+    assert rows[9].error.summary == f"the worker died on every attempt: {files[9]}"
     others = [index for index in range(24) if index != 9]
     alone = Predictor(bundle, batch_size=8, threads=1).predict([files[index] for index in others])
     for index, row in zip(others, alone, strict=True):  # those of its part were in batches of their own
@@ -139,7 +139,7 @@ def test_an_image_that_its_worker_dies_of_is_one_failure(ray, bundle, digits, no
 
 
 def test_an_exception_of_a_worker_is_told_as_it_is(ray, bundle, digits, noted, monkeypatch):
-    """And not as a death, for which more memory would be the remedy."""
+    """It is not reported as a death, for which the hint would be more memory."""
     files = sorted(digits.iterdir())[:8]
     monkeypatch.setattr(Noted, "odd", files[3].name)
     rows = predict(ray, Workers(2, 1, 0, None), noted, files, 8, ProgressListener())
@@ -181,7 +181,7 @@ def test_a_failed_image_is_a_row_with_its_error(infexport, ray, bundle, digits, 
 
 
 def test_an_output_s_rows_are_the_serial_ones(infexport, ray, bundle, digits, tmp_path, monkeypatch):
-    """Names as they were given, though workers run in another folder."""
+    """Names are those given, although workers run in another folder."""
     monkeypatch.chdir(digits)
     names = [file.name for file in sorted(digits.iterdir())[:5]]
     for name, options in (("serial", ()), ("ray", ("--ray",))):
@@ -197,7 +197,7 @@ def test_what_ran_is_told(ray, infexport, golden_bundle, digits):
 
 
 def test_what_a_run_says_of_an_image_is_kept(ray, bundle, digits):
-    """Every field of a row, the error of rounding, too."""
+    """Every field of a row is kept, including the rounding error."""
     files = [min(digits.iterdir()), digits / "gone.png"]
     options = InferenceOptions(execution="stream", chunk=64, tokens="float16", size="native", threads=1)
     expected = Predictor.of(open_bundle(bundle), options).predict(files)
@@ -210,7 +210,7 @@ def test_what_a_run_says_of_an_image_is_kept(ray, bundle, digits):
 
 
 def test_a_pipeline_of_one_s_own(ray, bundle, digits):
-    """As docs/scale.md has it: what else is in a row is handed on."""
+    """The pipeline of docs/scale.md passes other columns of a row through."""
     import ray.data
 
     files = sorted(digits.iterdir())[:6]
@@ -229,7 +229,7 @@ def test_a_pipeline_of_one_s_own(ray, bundle, digits):
 
 def test_many_images_by_ray_s_client(bundle, digits):
     options = InferenceOptions()
-    with pytest.raises(InfexportError, match="many images cannot be handed out through ray://head:10001"):
+    with pytest.raises(InfexportError, match="many images cannot be distributed through ray://head:10001"):
         scaled(
             "ray://head:10001", None, False, open_bundle(bundle), options, [min(digits.iterdir())], ProgressListener()
         )
@@ -254,7 +254,7 @@ def test_workers_that_cannot_open_the_bundle(ray, bundle, digits, tmp_path):
 
 def test_more_workers_than_cores(ray, bundle, digits):
     options = InferenceOptions()
-    with pytest.raises(InfexportError, match="no place for 1000 workers of 1 cores each") as caught:
+    with pytest.raises(InfexportError, match="not enough cores for 1000 workers of 1 cores each") as caught:
         scaled("local", 1000, False, open_bundle(bundle), options, sorted(digits.iterdir())[:1], ProgressListener())
     assert caught.value.details.startswith("the cluster has ")
 

@@ -1,4 +1,4 @@
-"""One image on several workers: the answer of one, whoever dies."""
+"""One image on several workers gives the result of one process, even if a worker dies."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_lack_of_memory_is_the_image_s_failure(ray, bundle, scene, monkeypatch):
     monkeypatch.setattr(Worker, "take", take)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     (row,) = scaled("local", 1, True, bundle, options_of(), [scene], ProgressListener())
-    assert row.error.summary == "a worker has not enough memory"
+    assert row.error.summary == "a worker does not have enough memory"
 
 
 def test_by_the_command(infexport, ray, bundle, scene):
@@ -144,7 +144,7 @@ def test_by_the_command(infexport, ray, bundle, scene):
 
 @pytest.mark.heavy
 def test_the_paper_s_model_at_9216(infexport, ray, processes, tmp_path):
-    """331,777 tokens on two workers: what they exchange is what is promised, whoever dies in it."""
+    """331,777 tokens on two workers exchange the documented number of bytes, even if a worker dies."""
     from bench_stream import Case, make_bundle
     from make_bigtiff import photographs, write
 
@@ -164,7 +164,7 @@ def test_the_paper_s_model_at_9216(infexport, ray, processes, tmp_path):
 
 
 def test_a_damaged_image_is_named_by_its_url(zoo_bundle, tmp_path):
-    """Named as a worker tells it: not by the copy that it has fetched."""
+    """A worker's error names the URL, not the fetched copy."""
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.writestr("bad.png", b"no image")
     url = f"zip://bad.png::file://{tmp_path}/all.zip"

@@ -1,4 +1,4 @@
-"""Models for Triton: what Triton is told agrees with what they are. That a server runs them: test_serving.py."""
+"""Packaged models agree with their configuration. test_server.py runs them in a server."""
 
 import hashlib
 import importlib
@@ -14,6 +14,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from infexport.bundle import open_bundle
+from infexport.bundle.engine_record import ShapeRange
 from infexport.bundle.integrity import sealed
 from infexport.errors import InfexportError
 from infexport.inference.prediction import Failure
@@ -25,7 +26,7 @@ OUTPUTS = [Port("logits", "float32", ["batch", 10]), Port("features", "float32",
 
 
 def config_in(folder):
-    """As Triton reads it: an unknown field or a value of another type raises."""
+    """Parse a configuration as Triton does: an unknown field or a value of a wrong type raises."""
     return text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
 
 
@@ -44,7 +45,7 @@ def digits(zoo_bundle):
 
 @pytest.fixture
 def engines(digits, tmp_path):
-    """A bundle and a function that puts an engine into it: bytes, and a sidecar such as build-engine writes."""
+    """A bundle, and a function that adds an engine to it: bytes, and a sidecar as build-engine writes it."""
     folder = shutil.copytree(digits, tmp_path / "engines")
     (folder / "engines").mkdir()
 
@@ -87,7 +88,7 @@ def test_onnxruntime(infexport, digits, tmp_path):
 
 
 def test_what_is_packaged_runs(infexport, digits, tmp_path):
-    """The very files, as Triton's backend opens them."""
+    """ONNX Runtime opens the packaged files as Triton's backend does."""
     import onnxruntime
 
     infexport("package", "triton", digits, "-o", tmp_path, "--name", "digits")
@@ -163,7 +164,7 @@ def test_tensorrt(infexport, engines, tmp_path):
     config = config_in(model)
     assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
     assert config.instance_group[0].kind == ModelInstanceGroup.KIND_GPU
-    assert list(config.model_warmup[0].inputs["image"].dims) == [128, 96, 3]  # what the engine is best at
+    assert list(config.model_warmup[0].inputs["image"].dims) == [128, 96, 3]  # the engine's opt shape
     assert "the server needs tensorrt 10.8.0" in told.stderr
 
 
@@ -184,12 +185,12 @@ def test_an_engine_for_infexport_in_the_server(infexport, engines, tmp_path):
 @pytest.mark.parametrize(
     ("made", "options", "words"),
     [
-        ([], (), "it has none at all"),
-        ([{"backend": "tensorrt-rtx"}], (), "runs plans of TensorRT alone, none of TensorRT-RTX"),
+        ([], (), "it has no engines"),
+        ([{"backend": "tensorrt-rtx"}], (), "runs only engines of TensorRT, not of TensorRT-RTX"),
         ([{"backend": "tensorrt-rtx"}], (), "--backend python --engine NAME"),
         ([{}], ("--engine", "h100-fp16"), "no engine h100-fp16 of the whole graph"),
         ([{}, {"target": "l4"}], (), "choose one: --engine a100-fp16"),
-        ([{"graph": {"model.onnx": "0" * 64}}], (), "it has none at all"),
+        ([{"graph": {"model.onnx": "0" * 64}}], (), "it has no engines"),
         ([{}], ("--max-batch-size", 9), "batch: image 1 to 9, the engine takes 1 to 8"),
         ([{"profile": {"image": [[2, 8, 8, 3]] * 3}}], (), "batch: image 1 to 8, the engine takes 2 to 2"),
         ([{"profile": {"pixels": [[1, 3, 8, 8]] * 2 + [[8, 3, 8, 8]]}}], (), "warm-up: image [3, 8, 8]"),
@@ -212,7 +213,7 @@ def test_engines_that_cannot_be_served(made, options, words, infexport, engines,
         (("--engine", "a100-fp16"), "--engine is for --backend tensorrt or python"),
         (("--backend", "tensorrt", "--device", "cpu"), "engines run on a GPU"),
         (("--instances", "9" * 30), "is not in the range"),
-        (("--name", "../digits"), "no name for a model: '../digits'"),
+        (("--name", "../digits"), "invalid name of a model: '../digits'"),
         (("--backend", "python", "--max-pixels", 4095), "images of the trained size would be refused"),
     ],
 )
@@ -228,7 +229,7 @@ def test_a_bundle_is_no_repository(infexport, digits):
 def test_a_model_that_exists(infexport, digits, tmp_path):
     arguments = ("package", "triton", digits, "-o", tmp_path, "--name", "digits")
     infexport(*arguments)
-    infexport(*arguments[:-1], "others")  # beside it
+    infexport(*arguments[:-1], "others")  # next to it
     refused = infexport(*arguments, exit_code=2).stderr
     assert f"the model exists: {tmp_path / 'digits'}" in refused
     assert "--force" in refused
@@ -238,7 +239,7 @@ def test_a_model_that_exists(infexport, digits, tmp_path):
     (tmp_path / "digits" / "1" / "notes").touch()
     assert "they would be lost: 1/notes" in infexport(*arguments, "--force", exit_code=2).stderr
     (tmp_path / "digits" / "config.pbtxt").unlink()
-    assert "exists and is no model" in infexport(*arguments, "--force", exit_code=2).stderr
+    assert "exists and is not a model" in infexport(*arguments, "--force", exit_code=2).stderr
     assert sorted(item.name for item in tmp_path.iterdir()) == ["digits", "others"]
 
 
@@ -251,7 +252,7 @@ def test_nothing_is_left_of_what_disagrees(infexport, digits, tmp_path, monkeypa
         return config
 
     make_config = repository.make_config
-    monkeypatch.setattr(repository, "config_of", wrong)
+    monkeypatch.setattr(repository, "make_config", wrong)
     told = infexport("package", "triton", digits, "-o", tmp_path / "r", exit_code=2).stderr
     assert "output logits: ('TYPE_FP32', [11]), the graph has ('TYPE_FP32', [10])" in told
     assert list((tmp_path / "r").iterdir()) == []
@@ -277,7 +278,7 @@ def test_nothing_is_left_of_what_disagrees(infexport, digits, tmp_path, monkeypa
 def test_planted_disagreements_are_found(old, new, words, infexport, digits, tmp_path):
     infexport("package", "triton", digits, "-o", tmp_path, "--name", "digits")
     file = tmp_path / "digits" / "config.pbtxt"
-    profile = {"image": [[1, 8, 8, 3], [1, 64, 64, 3], [8, 256, 256, 3]]}
+    profile = {"image": ShapeRange((1, 8, 8, 3), (1, 64, 64, 3), (8, 256, 256, 3))}
     check_config(file, "digits", INPUTS, OUTPUTS, profile)
     text = file.read_text()
     assert old in text
@@ -304,7 +305,7 @@ def test_the_extra_is_named(infexport, digits, tmp_path, monkeypatch):
 
 
 class Capsule:
-    """What a DLPack capsule is to NumPy."""
+    """Wraps a DLPack capsule as an object that NumPy reads."""
 
     def __init__(self, capsule):
         self.capsule = capsule
@@ -317,7 +318,7 @@ class Capsule:
 
 
 class Request:
-    """Of Triton: one input, of which there is the shape before there are the numbers."""
+    """Request of Triton with one input, whose shape can be read before its values."""
 
     def __init__(self, images, shape=None):
         self.images, self._shape = images, shape or images.shape
@@ -334,7 +335,7 @@ class Request:
 
 @pytest.fixture
 def served(infexport, digits, tmp_path, monkeypatch):
-    """`model.py` in this process, started by a stand-in for Triton's module; what it logs is in `logged`."""
+    """`model.py` in this process, with a substitute for Triton's module that collects log messages in `logged`."""
     infexport("package", "triton", digits, "-o", tmp_path, "--name", "digits", "--backend", "python")
     utils = ModuleType("triton_python_backend_utils")
     utils.logged = []
@@ -362,7 +363,7 @@ def served(infexport, digits, tmp_path, monkeypatch):
 
 
 def test_every_request_has_its_own_answer(served, digits):
-    """Of several sizes and batches, with one among them that is refused."""
+    """Requests have several sizes and batches, and one of them is refused."""
     import infexport
 
     random = np.random.default_rng(0)
@@ -401,7 +402,7 @@ def test_a_bug_does_not_end_the_server(served):
 
     predict, served.model._predictor.predict = served.model._predictor.predict, broken
     (answer,) = served.model.execute([Request(np.zeros((1, 64, 64, 3), np.uint8))])
-    assert answer.error.message == "a bug in infexport, or in what it runs on; ZeroDivisionError"
+    assert answer.error.message == "a bug in infexport, or in a library below it; ZeroDivisionError"
     assert served.utils.logged == ["ZeroDivisionError: secret"]
     served.model._predictor.predict = predict
     (answer,) = served.model.execute([Request(np.zeros((1, 64, 64, 3), np.uint8))])

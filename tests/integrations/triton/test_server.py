@@ -39,7 +39,7 @@ PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 
 
 def free_ports(count):
-    """Ports that nobody listens on, told apart by being held at the same time."""
+    """Return distinct free ports, which are held at the same time."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -48,12 +48,12 @@ def free_ports(count):
 
 
 def with_me():
-    """The server ends with these tests, however they end."""
+    """Make the server end with these tests, however they end."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end(process):
-    """Asked to, it gives back its shared memory; what does not end is killed, with what it has started."""
+    """End the server with SIGTERM, on which it frees its shared memory; kill its process group otherwise."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.terminate()
         process.wait(15)
@@ -63,7 +63,7 @@ def end(process):
 
 
 def environment():
-    """In which `python3` is the one that runs the tests: the stub takes its packages from there."""
+    """Return an environment whose `python3` is the one that runs the tests: the stub imports its packages."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -104,7 +104,7 @@ def server(infexport, zoo_bundle, tmp_path_factory):
 
 
 def ask(server, images, protocol="grpc", name="image", dtype="UINT8", **options):
-    """What the server answers, by a client of its own."""
+    """Return the server's response to a new client."""
     module = PROTOCOLS[protocol]
     timeouts = {"network_timeout": 120.0} if protocol == "http" else {}
     with module.InferenceServerClient(f"127.0.0.1:{server.ports[protocol]}", **timeouts) as client:
@@ -116,12 +116,12 @@ def ask(server, images, protocol="grpc", name="image", dtype="UINT8", **options)
 
 
 def alive(server):
-    """Whether it answers as it did."""
+    """Assert that the server still responds."""
     assert ask(server, np.zeros((1, 8, 8, 3), np.uint8))["logits"].shape == (1, 10)
 
 
 def run_engine(infexport, server, tmp_path, images, *options):
-    """What `run-engine --size native` says of images, a file each."""
+    """Return logits and features of `run-engine --size native` for images, one file each."""
     files = [tmp_path / f"{i}.png" for i in range(len(images))]
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image).save(file, compress_level=0)
@@ -148,7 +148,7 @@ def test_answers_are_those_of_run_engine(protocol, server, infexport, tmp_path):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_large_image_is_streamed(protocol, server, infexport, tmp_path):
-    """The largest that the server was told to take: 262,145 tokens."""
+    """The largest image that the server accepts: 262,145 tokens."""
     images = pixels(1, 4096, 4096, 3)
     expected = run_engine(infexport, server, tmp_path, images, "--execution", "stream")
     np.testing.assert_array_equal(ask(server, images, protocol)["logits"], expected["logits"])
@@ -156,7 +156,7 @@ def test_a_large_image_is_streamed(protocol, server, infexport, tmp_path):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_labels(protocol, server):
-    """By Triton's own classification: value, index, label."""
+    """Triton's own classification returns value, index and label."""
     images = pixels(2, 64, 64, 3)
     logits = ask(server, images)["logits"]
     classes = ask(server, images, protocol, class_count=3)["logits"]
@@ -178,7 +178,7 @@ def test_the_client_of_the_documentation(server, tmp_path):
 
 
 def test_eight_clients_at_once(server):
-    """Of both protocols and two sizes, whose requests Triton and Predictor put together."""
+    """Clients use both protocols and two sizes, whose requests Triton and Predictor batch."""
     images = [pixels(1, 64, 64, 3), pixels(2, 40, 33, 3)]
     expected = [ask(server, each)["logits"] for each in images]
 
@@ -213,7 +213,7 @@ def test_what_is_no_image_is_refused(images, options, words, protocol, server):
 
 
 def test_one_bad_request_among_good_ones(server):
-    """Put together by Triton or not: every client has its own answer."""
+    """Every client has its own response, batched by Triton or not."""
 
     def client(index):
         side = 4097 if index == 3 else 64
@@ -229,7 +229,7 @@ def test_one_bad_request_among_good_ones(server):
 
 
 def test_garbage_is_refused(server):
-    """What is no request, or one whose numbers are not those of its shape."""
+    """Malformed requests, or data that does not fit the shape."""
     shape = {"name": "image", "datatype": "UINT8", "shape": [1, 8, 8, 3]}
     short = json.dumps({"inputs": [shape | {"parameters": {"binary_data_size": 10}}]}).encode()
     bodies = [
