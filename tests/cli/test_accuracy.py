@@ -1,4 +1,4 @@
-"""`validate accuracy`: of every held-out digit, whole, streamed and in int8, beside PyTorch's."""
+"""`validate accuracy` on every held-out digit: whole, streamed and in int8, compared with PyTorch."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from infexport.errors import InfexportError
 from infexport.evaluation.accuracy.dataset import Classes, read_labelled
 
 RIGHT, ALL = 446, 450
-"""Held-out digits that digits-linear names rightly."""
+"""Number of held-out digits that digits-linear classifies correctly."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_whole_then_streamed(infexport, bundle, digits, tmp_path):
     wrong = [line for line in lines if line["label"] != line["predicted"]]
     assert (len(lines), len(wrong)) == (ALL, ALL - RIGHT)
 
-    # streaming loads a graph per stage and image: all that were wrong, and some others
+    # streaming loads a graph per stage and image: only the wrong ones, and some others
     some = wrong + [line for line in lines if line not in wrong][::20]
     with (tmp_path / "some.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(lines[0]))
@@ -235,7 +235,7 @@ def test_answers_that_are_no_numbers_fail_on_either_side(side, infexport, bundle
 
 
 def test_a_share_of_the_images_is_no_verdict(infexport, bundle, few, tmp_path):
-    """The few that can be judged may be right; that accuracy holds is said of all of them."""
+    """Accuracy does not hold if an image could not be evaluated, even if all others are right."""
     (tmp_path / "table.csv").write_text(f"file,label\n{few}/0/{min((few / '0').iterdir()).name},0\nmissing.png,0\n")
     arguments = ("validate", "accuracy", bundle, tmp_path / "table.csv", "--no-pytorch", "--min-top1", 0.5)
     told = infexport(*arguments, exit_code=1).stdout
@@ -294,7 +294,7 @@ def test_a_modified_bundle(infexport, bundle, few, tmp_path):
 
 
 def test_native_sizes_are_the_same_in_both(infexport, bundle, tmp_path):
-    """Sides that are no whole patches, sizes that differ from image to image: PyTorch meets the same pixels."""
+    """PyTorch gets the same pixels for sides that are not multiples of the patch and for images of mixed sizes."""
     random = np.random.default_rng(0)
     for i, shape in enumerate([(33, 41), (33, 41), (40, 64), (16, 9)]):
         (tmp_path / "7").mkdir(exist_ok=True)

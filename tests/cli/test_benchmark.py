@@ -1,4 +1,4 @@
-"""`benchmark`: what it reports, what it leaves out, and what stops it."""
+"""`benchmark`: its report, the sizes it leaves out, and its errors."""
 
 import dataclasses
 import json
@@ -52,8 +52,8 @@ def test_the_report(name, infexport, golden_bundle):
         assert row["images_per_second"] == pytest.approx(2 / seconds["p50"])
         assert row["share_of_limit"] == pytest.approx(row["limit_seconds"] / seconds["p50"])
         assert row["cold_start_seconds"] > seconds["max"]
-        assert 2e7 < row["peak_memory_bytes"] < 5e8  # of the worker: this process has torch and more
-        assert len(row["gemm_seconds"]["float32"]) == 3  # before, after two, and after the last
+        assert 2e7 < row["peak_memory_bytes"] < 5e8  # in the worker: this process has imported torch and more
+        assert len(row["gemm_seconds"]["float32"]) == 3  # before the first, after two, and after the last
         work = row["multiply_adds"]
         rate = gemm.multiply_adds("float32") / Spread.of(row["gemm_seconds"]["float32"]).p50
         assert row["limit_seconds"] == pytest.approx(2 * (work["dense"] + work["attention"]) / rate)
@@ -102,10 +102,10 @@ DEATHS = {
     40: ("os.abort()", "killed by SIGABRT"),
     48: ("print('first\\nlast', file=sys.stderr); sys.exit(7)", "exit code 7: last"),
     56: ("print('{\"answ', end='', flush=True); os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-    # an address space that holds the interpreter and not an image this large
+    # an address space that is large enough for the interpreter, but not for this image
     80000: ("resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))", "not enough memory"),
 }
-"""Size → how its worker dies, and what is said of it."""
+"""Size → code that makes its worker die, and the reason that is reported."""
 
 
 def test_a_worker_that_dies_stops_no_other(infexport, golden_bundle, monkeypatch, tmp_path):
@@ -215,7 +215,7 @@ def test_the_worker_imports_no_torch(golden_bundle):
 
 
 def test_the_limit_of_int8():
-    """Dense products at the rate of int8, attention at that of float32; medians of both."""
+    """The limit takes dense products at the int8 rate and attention at the float32 rate, each a median."""
     seconds = {"float32": [3.0, 2.0, 9.0], "int8": [0.5, 0.5]}
     product = gemm.multiply_adds("float32")
     work = MatmulCost(dense=product, attention=2 * product)
@@ -229,7 +229,7 @@ def test_the_limit_of_int8():
 
 @pytest.mark.parametrize(("precision", "provider"), [("fp16", "cuda"), ("bf16", "tensorrt")])
 def test_the_limit_of_16_bits_on_a_gpu(precision, provider):
-    """Dense products and attention at the rate of float16, which is measured by a product of its own size."""
+    """The limit takes all products at the float16 rate, which is measured with its own matrix size."""
     product = gemm.multiply_adds("float16")
     assert product == 8192 * 4096 * 8192
     work = MatmulCost(dense=product, attention=2 * product)
@@ -254,7 +254,7 @@ def test_the_spread():
 
 
 def product(shape, operator, left, right, out):
-    """The product of a shape with a right side that is all ones."""
+    """Run the matrix product of a shape with a right side of ones."""
     rows, inner, columns = shape
     ones = helper.make_tensor("value", right, [1], [1])
     graph = helper.make_graph(
@@ -285,8 +285,8 @@ def test_the_shipped_products_are_these(kind, tmp_path):
     assert onnx.load(file) == product(gemm.SHAPES[kind], *PRODUCTS[kind])
     onnx.checker.check_model(file, full_check=True)
     if kind == "float16":
-        return  # a CPU would add casts, and take seconds
-    # ONNX Runtime makes the right side a weight when it loads the graph, so that it is packed once
+        return  # on a CPU ONNX Runtime would add casts, and take seconds
+    # ONNX Runtime folds the right side into a weight when it loads the graph, and packs it once
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

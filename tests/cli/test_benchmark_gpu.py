@@ -1,4 +1,4 @@
-"""`benchmark` on a GPU that is not there: its clock, its counters and its runner are made up, the arithmetic is not."""
+"""`benchmark` on a simulated GPU: clock, counters and runner are fakes, the arithmetic is real."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ WATTS = 250
 
 
 class Machine(FakeNvml):
-    """A GPU whose every run takes 10 ms, and every 25th 50 ms, at 250 W; a model takes 2 GB there."""
+    """A fake GPU: a run takes 10 ms, every 25th run 50 ms, at 250 W; a model takes 2 GB."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class FakeGemm:
 
 @pytest.fixture
 def machine(monkeypatch):
-    """The machine; `machine.runs_on(provider, precision)` says what `RunnerFactory` opens."""
+    """A fake machine; `machine.runs_on(provider, precision)` sets what `RunnerFactory` opens."""
     machine = Machine()
     install(monkeypatch, machine)
     monkeypatch.setattr(worker, "time", machine)
@@ -107,10 +107,10 @@ def test_the_report(machine, infexport, golden_bundle):
     assert report["machine"]["gpu"] == "Abacus GPU-aaaa-1"
     assert report["precision"] == "fp16"
     assert report["gemm"]["rows_inner_columns"] == {"float16": [8192, 4096, 8192]}
-    assert FakeGemm.made == [("float16", "cuda")] * 2  # first of all, and after the size
+    assert FakeGemm.made == [("float16", "cuda")] * 2  # before everything, and after the size
     (row,) = report["rows"]
     seconds = row["seconds"]
-    assert len(seconds["all"]) == 100  # the default, which take 1.16 s
+    assert len(seconds["all"]) == 100  # the default number, which takes 1.16 s
     assert (seconds["p50"], seconds["p90"], seconds["max"]) == pytest.approx((0.01, 0.01, 0.05))
     assert seconds["p99"] == pytest.approx(0.05)
     assert row["on_gpu"]["missing"] == []
@@ -134,7 +134,7 @@ def test_runs_go_on_until_energy_means_something(machine, infexport, golden_bund
         WATTS * sum(seconds) / len(seconds), rel=1e-3
     )
     assert list(report["rows"][0]["gemm_seconds"]) == ["float32"]
-    # the first answer, and half a second of warm-up, count for nothing
+    # the first run and half a second of warm-up are not counted
     assert machine.runs - len(seconds) >= 1 + 30
 
 
@@ -183,7 +183,7 @@ def test_engines_have_no_limit(machine, infexport, golden_bundle, tmp_path):
     arguments = ("--sizes", "32,48,96", "--max-seconds", 1e-9, "--plot", tmp_path / "a.png")
     result = infexport("benchmark", bundle, *arguments)
     assert "limit       none: engine a100-fp16 runs without ONNX Runtime's CUDA provider" in result.stdout
-    assert ", fp16, folded" in result.stdout  # of the engine: the bundle is fp32
+    assert ", fp16, folded" in result.stdout  # precision of the engine: the bundle is fp32
     *rows, larger, _ = (line.split() for line in result.stdout.splitlines()[-4:])
     assert [(row[0], row[-2:]) for row in rows] == [("32²", ["-", "-"]), ("48²", ["-", "-"])]
     assert larger[-1] == "skipped"  # larger than the engine takes
@@ -201,7 +201,7 @@ def test_engines_have_no_limit(machine, infexport, golden_bundle, tmp_path):
 
 
 class FakeOnnxRuntime:
-    """As much of ONNX Runtime as a product needs; every run takes 8 ms. It is the session and its binding, too."""
+    """A fake ONNX Runtime for a matrix product, also its session and binding; a run takes 8 ms."""
 
     def __init__(self, got):
         self.got, self.now, self.told = got, 0.0, {}
@@ -249,12 +249,12 @@ def test_a_product_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gemm, "time", fake)
     product = gemm.Gemm("float16", "tensorrt", None)
     assert fake.told["graph"] == "float16.onnx"
-    assert fake.told["providers"] == [("CUDAExecutionProvider", {"use_tf32": "0"})]  # as the model itself is run
+    assert fake.told["providers"] == [("CUDAExecutionProvider", {"use_tf32": "0"})]  # as for the model itself
     assert fake.told["a"] == ("from", (8192, 4096), np.float16, "cuda")
     assert fake.told["c"] == ("of", [8192, 8192], np.float16, "cuda")
-    assert fake.now == 0.008  # once, while it was made
+    assert fake.now == 0.008  # once, when it was created
     assert product.seconds() == pytest.approx(0.008)
-    assert fake.now == pytest.approx(0.064)  # the mean of 7 runs, which is 50 ms
+    assert fake.now == pytest.approx(0.064)  # the mean of 7 runs, which take 50 ms
 
 
 def test_a_product_that_gets_no_gpu(monkeypatch):

@@ -29,7 +29,7 @@ def sha256(path):
 
 @pytest.fixture
 def bundle(golden_bundle, tmp_path):
-    """One whose engines are a test's own: `bundle("reference_linear")`."""
+    """Function: name of a golden model → a copy of its bundle, to which a test adds engines."""
 
     def get(name):
         return shutil.copytree(golden_bundle(name), tmp_path / name)
@@ -76,14 +76,14 @@ def test_a_sidecar_tells_the_whole_chain(name, infexport, bundle, cache):
     assert sidecar["sha256"] == sha256(engine)
     assert any("Opset version" in line for line in sidecar["log"])
     assert sorted(path.name for path in engine.parent.iterdir()) == [engine.name, engine.name + ".json"]
-    # still a whole bundle, that knows its engine
+    # the bundle is still valid, and lists its engine
     assert f"built by    tensorrt-rtx {sidecar['backend_version']}" in infexport("inspect", folder).stdout
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["reference_linear", "transformers4_wrapped_pure"])
 def test_every_precision_whole_and_in_stages(name, precision, infexport, bundle, calibrating, cache):
-    """Products are in the precision, and in nothing else is a sum, a norm or a state in less than float32."""
+    """Only matrix products are in the lower precision; sums, norms and states stay float32."""
     folder = bundle(name)
     options = calibrating(name, precision)
     made = built(infexport, folder, "--target", "a100", *options)
@@ -100,11 +100,11 @@ def test_every_precision_whole_and_in_stages(name, precision, infexport, bundle,
     whole = made[0]["layers"]
     assert all(set(facts["layers"].get("MATRIX_MULTIPLY", {})) <= {"FLOAT"} for facts in made)
     if low in ("HALF", "BF16"):
-        # weights of the patches; of the first layer's queries and MLP, or queries, keys, values, output and MLP; of the
+        # weights: patch embedding; first layer's queries and MLP, or queries, keys, values, output and MLP;
         # last layer's queries, or queries and keys
         assert whole["CONSTANT"][low] >= (1 + 3 + 1 if "linear" in name else 1 + 6 + 2)
     elif low == "INT8":
-        # attention is in float16
+        # attention runs in float16
         assert ("HALF" in whole["CAST"]) == ("pure" in name)
         assert whole["QUANTIZE"] == {"INT8": 3 + 1 if "linear" in name else 4 + 1}
     else:
@@ -148,7 +148,7 @@ def test_the_paper_s_smallest_through_the_installed_command(tmp_path):
 
 
 def test_timings_are_kept_and_used_again(infexport, bundle, cache):
-    """TensorRT-RTX measures nothing when it builds, so that its cache stays small; the road is the same."""
+    """TensorRT-RTX does no timing when it builds, so that its cache stays small; the steps are the same."""
     folder = bundle("reference_linear")
     infexport("build-engine", folder, "--target", "a100")
     kept = cache / "timing-tensorrt-rtx-1.7.1.116-8.0.cache"
@@ -186,7 +186,7 @@ def test_phases_are_told(bundle, cache, golden_images):
     assert [p for p in phases if p[0] == "calibrating"] == [
         ("calibrating", i + 1, len(images)) for i in range(len(images))
     ]
-    assert {name for name, _, _ in phases} > {"calibrating"}  # and the library's own
+    assert {name for name, _, _ in phases} > {"calibrating"}  # and the cache of the library
     assert statuses == ["building model.onnx"]
 
 
@@ -198,7 +198,7 @@ def test_tf32_is_asked_for_and_named(infexport, bundle, cache):
 
 @pytest.mark.parametrize("tf32", [True, False])
 def test_tf32_is_off_unless_asked_for(tf32, monkeypatch, tmp_path):
-    """In the very config that the library is given."""
+    """The limit is in the config that the library receives."""
     from infexport.conversion.tensorrt import build_worker
     from infexport.inference.tensorrt_libraries import BACKENDS
 
@@ -210,7 +210,7 @@ def test_tf32_is_off_unless_asked_for(tf32, monkeypatch, tmp_path):
 
 
 def test_a_parser_s_refusal_is_shown_whole(infexport, bundle, cache):
-    """A graph TensorRT can't take: every error, one failure, and no engine."""
+    """A graph that TensorRT rejects gives one failure with every error, and no engine."""
     folder = bundle("reference_linear")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     model.graph.node[-1].op_type = "NoSuchOperator"
@@ -279,7 +279,7 @@ def test_images_that_fix_no_ranges(infexport, bundle, golden_images):
 
 
 def test_9216_squared_fits_once_and_not_twice(tmp_path):
-    """2 × 331,777 tokens × 4096 are more elements than TensorRT counts; what fits is told, and does fit."""
+    """2 × 331,777 tokens × 4096 exceed TensorRT's number of elements; the size in the hint is accepted."""
     from infexport.conversion.tensorrt.profiles import INT32_MAX, check_whole, make_profile
     from infexport.errors import InfexportError
     from infexport.system.gpus import find_target
@@ -320,7 +320,7 @@ def test_a_gpu_s_memory_is_a_limit():
 
 
 def test_a_tile_is_as_large_as_the_operator_s():
-    """Building needs no torch, so that the number stands in two places."""
+    """The number is defined twice, since building must not import torch."""
     from infexport.conversion.tensorrt import profiles
     from infsa_ops import common
 
@@ -328,7 +328,7 @@ def test_a_tile_is_as_large_as_the_operator_s():
 
 
 def test_blocks_of_pairs_are_larger_than_a_chunk():
-    """What a stage of Pure InfSA needs is told by its blocks of queries and keys."""
+    """Memory of a stage of Pure InfSA depends on its blocks of queries and keys."""
     from types import SimpleNamespace
 
     from infexport.conversion.tensorrt.profiles import check_stages, peak

@@ -1,4 +1,4 @@
-"""`validate centrality`: what it measures, what it judges, and that it can be no."""
+"""`validate centrality`: its measurements, its verdict, and that it can fail."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from infexport.evaluation.centrality import check
 
 @pytest.fixture(scope="module")
 def digits(zoo_bundle, tmp_path_factory):
-    """The zoo's digits, converted: a folder with the bundles of both variants."""
+    """Folder with the converted digits models of both variants."""
     folder = tmp_path_factory.mktemp("digits")
     for variant in ("linear", "pure"):
         (folder / variant).symlink_to(zoo_bundle(f"digits-{variant}"))
@@ -35,7 +35,7 @@ def test_holds_on_the_zoo(variant, infexport, digits):
         assert 0 < head["eigenvalue"] <= 1
         assert (head["chain"] == "literal") == (head["row_sum"] < 1)
         assert 0 <= head["cosine_right"] <= head["cosine_left"] <= 1
-    # what the linear variant is trained with ranks tokens as its own eigenvector does; pure never saw these scores
+    # the linear variant was trained with these scores, which rank tokens as its eigenvector does; pure was not
     assert report["mean_cosine_left"] >= {"linear": 0.9, "pure": 0.75}[variant]
     assert report["mean_cosine_right"] <= 0.6
     assert report["mean_katz_cosine_left"] >= 0.95
@@ -93,7 +93,7 @@ def test_an_eigenvector_that_was_not_found_is_no(infexport, digits, monkeypatch)
 
 
 def test_heads_without_affinities(infexport, digits, tmp_path):
-    """No query, no affinity: nothing to rank, nobody walks, and nothing is wrong with that."""
+    """Without queries there is no affinity: no ranking and no walk, which is not a failure."""
     state = load_file(ZOO / "digits-pure" / "model.safetensors")
     for name in state:
         if ".q_proj." in name:

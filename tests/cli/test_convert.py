@@ -1,4 +1,4 @@
-"""`convert checkpoint`: what it makes, what it says, and what it refuses."""
+"""`convert checkpoint`: its bundles, messages and errors."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 CHECKPOINT = GOLDEN / "torchvision_linear.safetensors"
 COMPLETE = ("--variant", "linear_infsa", "--num-heads", "4")
 QUICK = (*COMPLETE, "--no-fold")
-"""Without stages, which are half of what a conversion takes, where something else is looked at."""
+"""Convert without stages, which take half of the time, in tests of something else."""
 PURE = ("--variant", "pure_infsa", "--num-heads", "4")
 
 
@@ -67,7 +67,7 @@ def test_warns_of_a_softmax_checkpoint(infexport, tmp_path):
 
 
 def test_rho_of_a_softmax_checkpoint_can_be_given(infexport, tmp_path):
-    """Parity then compares with the same discount."""
+    """Parity compares with the same discount rho."""
     checkpoint = GOLDEN / "timm_softmax_pure.safetensors"
     arguments = ("--variant", "pure_infsa", "--num-heads", 4, "--rho", 0.5)
     infexport("convert", "checkpoint", checkpoint, *arguments, "-o", tmp_path / "b")
@@ -107,7 +107,7 @@ def test_neumann_tolerance(infexport, tmp_path):
 
 @pytest.mark.parametrize("name", ["torchvision_linear", "torchvision_pure"])
 def test_without_folding(name, infexport, golden_bundle, golden_images, tmp_path):
-    """The same answers from a graph that computes every token to the end."""
+    """A graph that computes all tokens in the last layer gives the same logits."""
     import numpy as np
     from support import relative_error
 
@@ -117,7 +117,7 @@ def test_without_folding(name, infexport, golden_bundle, golden_images, tmp_path
         infexport("run-engine", bundle, folder, "-o", output)
         assert relative_error(np.load(output)["logits"], io["logits_f64"]) <= 5e-6
         assert json.loads((bundle / "infexport.json").read_text())["folded"] is folded
-        # what the final norm meets: the class token alone, or every token
+        # input of the final norm: the class token alone, or every token
         graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
         final = [node.input[0] for node in graph.node if node.op_type == "LayerNormalization"][-1]
         (tokens,) = (value.type.tensor_type.shape.dim[1] for value in graph.value_info if value.name == final)
@@ -125,7 +125,7 @@ def test_without_folding(name, infexport, golden_bundle, golden_images, tmp_path
 
 
 def test_what_is_said(tmp_path):
-    """Of the exporter's optimisers nothing: a process of its own, in which nobody has set up logging."""
+    """The exporter's optimisers print nothing, in a separate process without a logging configuration."""
     command = [sys.executable, "-m", "infexport", "convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "b"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     said = [line.split()[0] for line in done.stderr.splitlines()]
@@ -166,7 +166,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(infexport, tmp_path):
 
 
 class Code:
-    """A pickle that runs a command when it is loaded carelessly."""
+    """A pickle that runs a command when it is loaded without restrictions."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -176,7 +176,7 @@ class Code:
 
 
 def bad_checkpoints(folder):
-    """name → (checkpoint, arguments, words the message must have)."""
+    """Name → (checkpoint, arguments, words that the message must contain)."""
     tensors = load_file(CHECKPOINT)
     (folder / "truncated.safetensors").write_bytes(CHECKPOINT.read_bytes()[:10_000])
     torch.save(tensors, folder / "whole.pth")
@@ -248,7 +248,7 @@ def test_an_unwritable_output(infexport, tmp_path):
 
 
 def test_an_output_that_may_not_be_written(infexport, golden_bundle, tmp_path):
-    golden_bundle("torchvision_linear")  # imports what an ordinary user could not read of this environment
+    golden_bundle("torchvision_linear")  # imports now what an ordinary user may not read in this environment
     (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
     user = os.geteuid()
     arguments = ("convert", "checkpoint", CHECKPOINT, *COMPLETE, "-o", tmp_path / "locked" / "b")
@@ -264,7 +264,7 @@ def test_an_output_that_may_not_be_written(infexport, golden_bundle, tmp_path):
 
 
 def test_a_linked_checkpoint_can_be_validated(infexport, tmp_path):
-    """As in Hugging Face's cache, where every file is a link to another name."""
+    """A folder as in Hugging Face's cache, where every file is a symbolic link to another name."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     shutil.copy(CHECKPOINT, tmp_path / "blobs" / "deadbeef")

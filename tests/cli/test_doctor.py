@@ -1,4 +1,4 @@
-"""`infexport doctor`: what it says of this machine, and that nothing that is broken here ends it."""
+"""`infexport doctor`: its findings on this machine, and that it survives broken libraries."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ H100 = Gpu("NVIDIA H100", 81559 * 2**20, "580.65.06", "9.0")
 
 
 class Tried(dict):
-    """Trials of a machine that is made up: without an entry all is well, as of `Facts`."""
+    """Fake trials: without an entry a trial succeeds; see `Facts`."""
 
     def __init__(self, *gpus, **outcomes):
         super().__init__({tuple(key.split("__")): value for key, value in outcomes.items()})
@@ -57,7 +57,7 @@ def checks_of(trials):
 
 @pytest.fixture
 def has(monkeypatch):
-    """Have doctor find these versions; None for a package that is not there."""
+    """Make doctor find these versions; None for a missing package."""
 
     def set_versions(**versions):
         known = {name.replace("_", "-"): version for name, version in versions.items()}
@@ -77,7 +77,7 @@ def test_this_machine(infexport, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     started = time.monotonic()
     shown = infexport("doctor").stdout
-    assert time.monotonic() - started < 60  # under 3 s where nothing else runs
+    assert time.monotonic() - started < 60  # under 3 s on an idle machine
     lines = shown.splitlines()
     assert all(len(line) <= 80 for line in lines[:-1] if "$ " not in line)
     assert re.search(r"yes +cpu +ran a graph: onnxruntime 1\.", shown)
@@ -135,7 +135,7 @@ def test_what_is_broken_is_a_line(infexport, monkeypatch, tmp_path):
         assert checks[name]["state"] == "broken", checks[name]
         assert words in checks[name]["found"] + checks[name]["advice"]
         assert checks[name]["remedy"].startswith("pip install --force-reinstall")
-    # what comes after a crash in its process is tried all the same
+    # trials after a crash of the process are run all the same
     for name in ("Triton", "workers", "libvips"):
         assert checks[name]["ok"], checks[name]
 

@@ -1,4 +1,4 @@
-"""Running engines. There is no GPU here: its library is stood in for, by ONNX Runtime on the graph an engine is of."""
+"""Running engines without a GPU: ONNX Runtime on the engine's graph replaces the library."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ VERSION = "1.7.1.116"
 
 
 class FakeGpu:
-    """What the library and Polygraphy do, with engines of one bundle.
+    """Fake of the library and Polygraphy, for the engines of one bundle.
 
     Attributes:
-        loaded, freed: names of engines, in order.
+        loaded, freed: names of engines, in order of the calls.
         refuses: the library takes no engine.
         fails: an engine that is run raises.
         buffers, slow: an engine's outputs, always the same memory; seconds between them.
@@ -87,7 +87,7 @@ class FakeGpu:
                     raise RuntimeError("an illegal memory access was encountered")
                 names = [output.name for output in self.session.get_outputs()]
                 found = dict(zip(names, self.session.run(None, feeds), strict=True))
-                for name, value in found.items():  # the next call overwrites what this one gives
+                for name, value in found.items():  # the next call overwrites these outputs
                     fake.buffers.setdefault((self.name, name, value.shape), np.empty_like(value))[:] = value
                     time.sleep(fake.slow)
                 return {name: fake.buffers[self.name, name, value.shape] for name, value in found.items()}
@@ -97,7 +97,7 @@ class FakeGpu:
 
 @pytest.fixture(scope="module")
 def built(golden_bundle, infexport, tmp_path_factory):
-    """A bundle with an engine of the whole graph up to 64² in fp32, and with others: built once, for copies."""
+    """A bundle with an fp32 engine of the whole graph up to 64², and others; built once and copied by tests."""
     root = tmp_path_factory.mktemp("built")
     whole = shutil.copytree(golden_bundle("reference_linear"), root / "whole")
     sizes = ("--sizes", "8,32,64")
@@ -119,13 +119,13 @@ def folder(built, tmp_path, monkeypatch):
 
 @pytest.fixture
 def streaming(folder, built):
-    """The same, and engines of its stages."""
+    """A bundle with engines of the whole graph and of its stages."""
     return shutil.copytree(built / "stages", folder, dirs_exist_ok=True)
 
 
 @pytest.fixture
 def half(folder, built):
-    """The same, and engines in fp16 of the whole graph and of its stages."""
+    """A bundle with engines as `streaming`, in fp32 and in fp16."""
     return shutil.copytree(built / "half", folder, dirs_exist_ok=True)
 
 
@@ -174,7 +174,7 @@ def test_an_engine_answers_as_onnx_runtime_does(infexport, folder, gpu, pictures
 
 
 def test_what_is_too_large_for_it_is_streamed(infexport, streaming, gpu, pictures):
-    """By the same driver, with the chunk and the strips that the stages were built for."""
+    """Streaming uses the same driver, with the chunk and strips that the stages were built for."""
     arguments = (streaming, *pictures, "--size", "native")
     expected, _ = logits(infexport, *arguments, "--provider", "cpu", "--execution", "whole")
     found, _ = logits(infexport, *arguments)
@@ -206,7 +206,7 @@ def test_parity_at_a_batch_of_one_and_outside_the_profile(infexport, folder, gpu
 
 
 def test_onnx_runtime_does_what_no_engine_can(infexport, folder, gpu, pictures):
-    """`auto` has an engine of the whole graph alone: what is streamed runs as it did before that was built."""
+    """With only an engine of the whole graph, `auto` streams in ONNX Runtime as without engines."""
     arguments = (folder, pictures[2], "--size", "native", "--execution", "stream")
     found, told = logits(infexport, *arguments)
     assert "running on cpu with fp32" in told
@@ -217,7 +217,7 @@ def test_onnx_runtime_does_what_no_engine_can(infexport, folder, gpu, pictures):
 
 
 def test_a_set_of_two_builds_is_none(infexport, streaming, gpu):
-    """Killed while engines were put in their places."""
+    """The build is killed while it moves engines to their final places."""
     from infexport.inference.engine_selection import find_engine_sets
 
     assert len(find_engine_sets(open_bundle(streaming), "stream")) == 1
@@ -236,7 +236,7 @@ def test_an_engine_that_cannot_be_activated_is_an_error(infexport, folder, gpu, 
 
 
 def test_the_real_library_without_a_driver_is_an_error(folder, monkeypatch):
-    """No stand-in: TensorRT-RTX and Polygraphy themselves, on this machine."""
+    """TensorRT-RTX and Polygraphy themselves on this machine, without fakes."""
     from infexport.errors import InfexportError
     from infexport.inference.runners.tensorrt import EngineSession
     from infexport.system.gpus import local_gpu
@@ -273,7 +273,7 @@ def test_an_image_outside_the_profile_names_what_to_build(infexport, folder, gpu
     assert "image [1, 120, 96, 3] is outside what a100-fp32.engine was built for" in result.stderr
     assert "expected [1, 8, 8, 3] to [8, 64, 64, 3]" in result.stderr
     assert "--execution stream" in result.stderr
-    # ONNX Runtime may run it where nobody said that it may not
+    # ONNX Runtime may run it unless an engine was asked for
     told = infexport(*arguments).stderr
     assert "running on engine a100-fp32" in told
     assert "running on cpu" in told
@@ -285,7 +285,7 @@ def test_parity_of_an_engine(infexport, half, gpu):
     assert "(fp16: 2 eps sqrt(depth)" in result.stdout
     assert "parity holds" in result.stdout
     assert "several engines fit" in infexport("validate", "parity", half, "--provider", "engine", exit_code=2).stderr
-    # what passes for fp16 is no fp32: the engine's own precision is what it is judged by
+    # within the tolerance of fp16, but not of fp32: the engine's precision sets the tolerance
     report = json.loads(infexport("validate", "parity", half, "--engine", "a100-fp16", "--json").stdout)
     assert all(1e-6 < case["bundle"]["relative"] < 5e-3 for case in report["cases"])
     assert report["tolerance"]["precision"] == "fp16"
@@ -365,7 +365,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_to_build(change, words
     result = infexport(*arguments, exit_code=2)
     assert words in result.stderr
     assert "infexport build-engine" in result.stderr
-    # nobody who didn't ask for it is stopped by it, but told
+    # without --provider engine it is a warning, not an error
     told = infexport("run-engine", folder, pictures[0]).stderr
     assert "running on cpu" in told
     assert "no engine is used" in told
@@ -420,7 +420,7 @@ def test_a_cache_of_kernels_that_cannot_be_written_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_kernels_that_were_compiled_are_kept(known, tmp_path, monkeypatch):
-    """TensorRT-RTX compiles where the engine is run; what it compiled is there for the next run."""
+    """TensorRT-RTX compiles on the machine that runs the engine, and caches the result for the next run."""
     from contextlib import ExitStack
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -439,7 +439,7 @@ def test_kernels_that_were_compiled_are_kept(known, tmp_path, monkeypatch):
 
 
 def test_inspect_loads_an_engine(infexport, folder, gpu):
-    """Its layers are counted beside the graph's nodes, whose inputs and outputs are ONNX Runtime's to tell."""
+    """Layers of the engine are listed next to the graph's nodes; inputs and outputs come from ONNX Runtime."""
     found = json.loads(infexport("inspect", folder, "--engine", "a100-fp32", "--json").stdout)
     assert found["operators"]["runs_on"].startswith("engine a100-fp32, ")
     assert found["operators"]["placement"] == found["placement"]
@@ -447,7 +447,7 @@ def test_inspect_loads_an_engine(infexport, folder, gpu):
 
 
 def test_threads_take_turns_on_an_engine(folder, gpu):
-    """Its outputs are always in the same memory, which the next call overwrites."""
+    """An engine's outputs are always in the same memory, which the next call overwrites."""
     images = [*np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)]
     with Predictor(folder, size="native", provider="engine") as predictor:
         expected = [row.logits for row in predictor.predict(images)]

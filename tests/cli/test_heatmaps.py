@@ -1,4 +1,4 @@
-"""`run-engine --heatmaps` and `--centrality`: the picture shows what the numbers say, whole and streamed."""
+"""`run-engine --heatmaps` and `--centrality`: pictures agree with the numbers, whole and streamed."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ NATIVE = ("--size", "native", "--top-k", 1)
 
 
 def panel(figure, axes):
-    """Of a figure's axes: left, top, right and bottom in pixels of its PNG."""
+    """Return left, top, right and bottom of a figure's axes, in pixels of its PNG."""
     figure.draw_without_rendering()
     box = axes.get_window_extent()
     height = figure.bbox.height
@@ -35,10 +35,10 @@ def panel(figure, axes):
 
 
 def hottest(picture, box, image):
-    """Where a map's colour is nearest the top of its scale: y and x in the image's pixels."""
+    """Return y and x, in pixels of the image, where a map's colour is nearest the top of its scale."""
     left, top, right, bottom = (round(x) for x in box)
     colours = np.asarray(picture.convert("RGB"), float)[top + 2 : bottom - 2, left + 2 : right - 2] / 255
-    # over grey of any brightness, by 0.6 and 0.4: the hue is the map's
+    # blended with grey by 0.6 and 0.4, so that the hue is the map's
     hot, cold = (np.array(colormaps[heatmaps.COLOURS](x)[:3]) for x in (1.0, 0.0))
     grey = np.linspace(0, 1, 32)[:, None]
     far = np.abs(colours[:, :, None] - (0.6 * hot + 0.4 * grey)).sum(-1).min(-1)
@@ -66,7 +66,7 @@ def test_the_brightest_place_is_the_digit_s(name, execution, infexport, zoo_bund
     assert left <= 8 * column < left + side
     assert mean[top // 8 : top // 8 + 3, left // 8 : left // 8 + 3].sum() > 10 * 9 / 256
     picture = Image.open(tmp_path / "maps" / f"{file.rpartition('/')[2]}")
-    # the same figure again tells where its panels are
+    # draw the same figure again to find its panels
     pixels, image = heatmaps.overview(HELD_OUT / file)
     figure = heatmaps.draw_figure(Centrality(cells, of_class, (16, 16), 1), pixels, image, (0, 128, 128, 0), "title")
     y, x = hottest(picture, panel(figure, figure.axes[1]), image)
@@ -75,7 +75,7 @@ def test_the_brightest_place_is_the_digit_s(name, execution, infexport, zoo_bund
 
 
 def test_cells_are_drawn_where_their_patches_are(infexport, zoo_bundle, tmp_path, monkeypatch):
-    """The picture and the npz of an image whose grid is no multiple of the step: 16 patches in 6 cells of 3."""
+    """Picture and npz of an image whose grid is not a multiple of the step: 16 patches in 6 cells of 3."""
     monkeypatch.setattr(centrality, "MOST_NUMBERS", 4 * 4 * 6 * 6)
     file = max((file for file in DIGITS if file.startswith("128/")), key=lambda file: int(DIGITS[file]["left"]))
     options = ("--heatmaps", tmp_path / "maps", "--centrality", "-o", tmp_path / "out.npz", "--execution", "stream")
@@ -135,7 +135,7 @@ def test_a_map_of_any_aspect_can_be_seen(image):
 
 
 def test_a_narrow_image_lies_below_its_map_where_it_is(tmp_path, monkeypatch):
-    """30 pixels averaged down to 2 of them: 15 and 15, not 20 and 10."""
+    """30 pixels are averaged to 2: 15 and 15, not 20 and 10."""
     image = np.zeros((400, 30, 3), np.uint8)
     image[:, 15:] = 200
     Image.fromarray(image).save(tmp_path / "image.png")
@@ -227,7 +227,7 @@ def test_a_map_of_an_image_in_an_archive_has_the_image_s_name(infexport, zoo_bun
 
 
 def test_a_picture_that_cannot_be_written_loses_no_answer(infexport, zoo_bundle, tmp_path):
-    images = [tmp_path / folder / f"{'a' * 251}.png" for folder in ("a", "b")]  # a number makes it too long
+    images = [tmp_path / folder / f"{'a' * 251}.png" for folder in ("a", "b")]  # "-2" makes the second too long
     for image in images:
         image.parent.mkdir()
         shutil.copy(HELD_OUT / next(iter(DIGITS)), image)
@@ -267,10 +267,10 @@ def test_an_overview_is_an_average(tmp_path, monkeypatch):
 def test_where_a_grid_lies():
     shortest = EvalTransform("shortest", 256, 224, "bicubic")
     exact = EvalTransform("exact", 32, 32, "bicubic")
-    # 512 x 1024 becomes 256 x 512, of which the middle 224 are seen
+    # 512 x 1024 becomes 256 x 512, of which the centre crop of 224 is used
     assert heatmaps.region((512, 1024), (14, 14), 16, "trained", shortest) == (288, 736, 480, 32)
     assert heatmaps.region((60, 240), (4, 4), 8, "trained", exact) == (0, 240, 60, 0)
-    # completed, it reaches beyond the image
+    # padded, it reaches beyond the image
     assert heatmaps.region((100, 133), (13, 17), 8, "native", exact) == (0, 136, 104, 0)
 
 

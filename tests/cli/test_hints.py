@@ -1,4 +1,4 @@
-"""Hints name options that the command has, and values that the same check accepts."""
+"""Hints name options of the command, and values that it accepts."""
 
 import ast
 import dataclasses
@@ -34,7 +34,7 @@ COMMANDS = {
     "inference/runners/tensorrt": [
         "run-engine",
         ACCURACY,
-    ],  # others give engines no more tokens than these were built for
+    ],  # other commands give engines at most the tokens that they were built for
     "inference/runners/onnxruntime": ["run-engine", PARITY, ACCURACY, "benchmark"],
     "evaluation/pytorch_reference": [PARITY, ACCURACY],
     "evaluation/recorded_checkpoint": [PARITY, ACCURACY, CENTRALITY],
@@ -46,7 +46,7 @@ COMMANDS = {
     "evaluation/accuracy/evaluate": [ACCURACY],
     "cli/commands/accuracy": [ACCURACY],
 }
-"""Modules, and the commands in which their errors are met."""
+"""Module → commands that can show its errors."""
 
 
 def options_of(command):
@@ -62,7 +62,7 @@ def options_of(command):
 
 
 def hints_of(module):
-    """Words of every hint that is written down in a module."""
+    """Words of every hint that is a constant in a module."""
     for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
         found = []
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InfexportError":
@@ -78,7 +78,7 @@ def hints_of(module):
 @pytest.mark.parametrize("module", COMMANDS)
 def test_a_hint_names_options_that_its_commands_have(module):
     for hint in hints_of(module):
-        # of another command's options only those that exist there
+        # options of another command must exist there
         other = "convert checkpoint" if "convert the checkpoint" in hint else ""
         for option in re.findall(r"--[a-z][a-z0-9-]*", hint):
             for command in [other] if other and option in options_of(other) else COMMANDS[module]:
@@ -103,7 +103,7 @@ def manifests(draw):
 
 
 def applied(remedy):
-    """The options of a remedy, as the command line reads them; of several GPUs that would do, the first."""
+    """Parse the options of a hint as the command line does; of several possible GPUs the first."""
     found = dict(re.findall(r"(--[a-z]+) (\S*\w)", remedy))
     read = {"--sizes": Sizes(), "--batch": Numbers(), "--memory": Bytes(), "--chunk": click.IntRange(min=1)}
     values = {name: read[name].convert(value, None, None) for name, value in found.items() if name in read}
@@ -115,7 +115,7 @@ def applied(remedy):
 
 
 def hint_of(check, *arguments):
-    """The hint of what is refused; empty where nothing is."""
+    """The hint of an error; empty if there is no error."""
     try:
         check(*arguments)
     except InfexportError as error:
@@ -205,7 +205,7 @@ def test_a_profile_in_disorder_names_one_in_order(sizes, batches):
     stages=st.booleans(),
 )
 def test_an_engine_that_is_to_be_built_takes_what_was_given(shapes, name, stages):
-    """The command of the hint, read as `build-engine` reads it, gives a profile in which the input is."""
+    """The command in the hint, parsed by `build-engine`, gives a profile that contains the input."""
     low, best, high = ([1, 16, 16, 3], [2, 32, 32, 3], [4, 64, 64, 3])
     given_shape = [shapes[0], 8 * shapes[1], 8 * shapes[2], 3]
     if name == "pixels":

@@ -1,4 +1,4 @@
-"""`inspect`: every figure against where it comes from, and a bundle in every state."""
+"""`inspect`: every figure compared with its source, and bundles in every state."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ GIB = 2**30
 
 @pytest.fixture
 def bundle(golden_bundle, tmp_path):
-    """A copy that may be spoilt, and whose checkpoint may be, too."""
+    """A copy of a bundle that tests may damage, together with its checkpoint."""
     folder = shutil.copytree(golden_bundle("reference_linear"), tmp_path / "b")
     checkpoint = shutil.copy(GOLDEN / "reference_linear.safetensors", tmp_path)
     manifest = json.loads((folder / "infexport.json").read_text())
@@ -41,7 +41,7 @@ def bundle(golden_bundle, tmp_path):
 
 @pytest.fixture
 def engine(bundle):
-    """The sidecar of an engine of the whole graph, as `build-engine` writes it, beside a file of 2 MB."""
+    """Write the sidecar of an engine of the whole graph, as `build-engine` does, and a file of 2 MB."""
     (bundle / "engines").mkdir()
     file = bundle / "engines" / "a100-fp32.engine"
     file.write_bytes(bytes(2_000_000))
@@ -60,7 +60,7 @@ def document(infexport, *arguments, **options):
 
 
 def row(shown, word):
-    """The cells of the line that begins with a word."""
+    """Return the cells of the line that begins with a word."""
     (line,) = (line for line in shown.splitlines() if line.split()[:1] == [word])
     return line.split()
 
@@ -186,7 +186,7 @@ def test_without_stages_there_is_one_way(golden_bundle):
 
 
 def test_what_became_of_the_checkpoint(infexport, bundle):
-    """It is told, and is no fault of the bundle."""
+    """It is reported, and does not make the bundle invalid."""
     checkpoint = bundle.parent / "reference_linear.safetensors"
     assert document(infexport, bundle)["provenance"]["checkpoint"] == "unchanged"
     checkpoint.write_bytes(b"another")

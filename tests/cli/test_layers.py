@@ -1,4 +1,4 @@
-"""`validate parity --layers`: whole where all is well, and a fault is found in the layer it is in."""
+"""`validate parity --layers`: correct models pass, and a fault is located in its layer."""
 
 import json
 import shutil
@@ -42,14 +42,14 @@ def test_an_unharmed_bundle_keeps_its_budgets(name, options, execution, infexpor
         assert [part["name"] for part in case["layers"]] == ["embed", *(f"layers.{i}" for i in range(4)), "head"]
         for part in case["layers"][1:-1]:
             assert part["states"]
-            # the budget is near what there is: a multiple of it, not a number that nothing reaches
+            # the budget is tight: a small multiple of the actual error, not an unreachable bound
             assert 0.02 * part["output"]["budget"] < part["output"]["adds"] <= 0.6 * part["output"]["budget"]
 
 
 @pytest.mark.parametrize("calibrate", [(), ("--calibrate", ZOO / "digits-held-out")], ids=["dynamic", "calibrated"])
 @pytest.mark.parametrize("name", ["digits-linear", "digits-pure"])
 def test_single_images_in_int8(name, calibrate, infexport, zoo_bundle):
-    """Of which a layer's last part is one token, whose error has few directions."""
+    """Model whose last part is one token, whose error has few components."""
     bundle = zoo_bundle(name, "--precision", "int8", *calibrate)
     arguments = ("validate", "parity", bundle, "--layers", "--images", ZOO / "digits-held-out", "--json")
     report = json.loads(infexport(*arguments).stdout)
@@ -74,13 +74,13 @@ def test_every_state_of_linear_is_compared(infexport, zoo_bundle):
 
 
 def copied(bundle, tmp_path):
-    """A copy of a bundle, and its graph, to be harmed."""
+    """A copy of a bundle and its graph, for tests that damage it."""
     shutil.copytree(bundle, tmp_path / "harmed")
     return tmp_path / "harmed", onnx.load(tmp_path / "harmed" / "model.onnx")
 
 
 def layer_nodes(model, layer, kind):
-    """Of a kind, from what the layer takes to what the next one takes."""
+    """Nodes of a type between the input of a layer and the input of the next."""
     names = [output for node in model.graph.node for output in node.output]
     nodes = list(model.graph.node)
     made = {output: i for i, node in enumerate(nodes) for output in node.output}
@@ -108,7 +108,7 @@ def move_an_epsilon(model, layer):
 
 
 def round_to_bf16(model, layer):
-    """Every product's left factor, as a layer in bf16 has it."""
+    """Round the left factor of every product to bf16, as in a bf16 layer."""
     nodes = list(model.graph.node)
     for node in layer_nodes(model, layer, "MatMul"):
         x = node.input[0]

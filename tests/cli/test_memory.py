@@ -1,4 +1,4 @@
-"""`--memory` is kept, whatever is asked for beside the labels."""
+"""`--memory` is kept for every kind of output."""
 
 from __future__ import annotations
 

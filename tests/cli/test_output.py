@@ -1,4 +1,4 @@
-"""What a terminal would obey is shown to people as its number; machines get it as it is."""
+"""Control characters are escaped in text for people, and unchanged in JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def image(tmp_path):
 
 
 def test_names_of_files_move_no_cursor(zoo_bundle, image):
-    # in colour: else click takes some of it out itself
+    # in colour: otherwise click itself removes some of it
     result = CliRunner().invoke(cli, ["run-engine", str(zoo_bundle("digits-linear")), str(image)], color=True)
     assert result.exit_code == 0
     assert r"erase\x1b[2J\u202e\x9b.png" in result.stdout

@@ -1,4 +1,4 @@
-"""Outputs never replace inputs, and answers are shown whatever becomes of the files."""
+"""Outputs never replace inputs, and predictions are shown even if the files cannot be written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bundle(zoo_bundle):
 
 @pytest.fixture
 def images(tmp_path):
-    """`a.png`, and `b` as JPEG and as PNG: other pictures."""
+    """Folder with `a.png`, and `b` as JPEG and as PNG, which are different pictures."""
     folder = tmp_path / "images"
     folder.mkdir()
     shutil.copy(DIGITS[0], folder / "a.png")
@@ -148,12 +148,12 @@ def test_a_link_is_written_through_and_a_mode_is_kept(infexport, bundle, tmp_pat
 
 @pytest.mark.parametrize("there", ["pipe", "link to a socket", "folder of the maps", "long name"])
 def test_a_place_for_no_file_is_refused_before_the_work(there, infexport, bundle, tmp_path):
-    """A pipe or a device would be replaced by a file: as the administrator, /dev/null by way of a link."""
+    """A pipe or a device would be replaced by a file, such as /dev/null through a link when run as root."""
     output, more = tmp_path / "out.json", ()
     if there == "pipe":
         os.mkfifo(output)
     elif there == "link to a socket":
-        socket.socket(socket.AF_UNIX).bind(os.path.relpath(tmp_path / "socket"))  # whose names are short
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(tmp_path / "socket"))  # names of sockets must be short
         output.symlink_to(tmp_path / "socket")
     elif there == "folder of the maps":
         more = ("--heatmaps", output)
@@ -162,7 +162,7 @@ def test_a_place_for_no_file_is_refused_before_the_work(there, infexport, bundle
     result = infexport("run-engine", bundle, DIGITS[0], "-o", output, *more, exit_code=2)
     assert "the output" in result.stderr
     assert not result.stdout
-    with suppress(OSError):  # of a long name
+    with suppress(OSError):  # the name is too long
         assert not output.is_file()
 
 
@@ -203,7 +203,7 @@ def test_a_suffix_may_be_written_in_capitals(suffix, infexport, bundle, tmp_path
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """`full_disk(folder)`: nothing can be written there any more."""
+    """Function that makes writing to a folder fail as on a full disk."""
 
     def fill(folder):
         partial = files.partial_folder

@@ -1,4 +1,4 @@
-"""`validate parity --report`: one page, what it says against what was found, and how a browser shows it."""
+"""`validate parity --report`: one page, compared with the JSON report and rendered in a browser."""
 
 import html.parser
 import json
@@ -26,7 +26,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 class Page(html.parser.HTMLParser):
-    """A page taken apart: every element's attributes, its words, and whether every element is closed."""
+    """Parsed page: attributes of every element, its text, and whether every element is closed."""
 
     def __init__(self, file):
         super().__init__()
@@ -57,7 +57,7 @@ class Page(html.parser.HTMLParser):
 
 
 def spoil(bundle, name):
-    """Turn a weight of the bundle round: every shape stays as it was."""
+    """Reverse a weight of the bundle; every shape stays the same."""
     tensor = next(t for t in load(bundle / "model.onnx", load_external_data=False).graph.initializer if t.name == name)
     place = ExternalDataInfo(tensor)
     data = np.memmap(bundle / place.location, np.float32, "r+", place.offset, tuple(tensor.dims))
@@ -67,7 +67,7 @@ def spoil(bundle, name):
 
 @pytest.fixture(scope="module")
 def judged(infexport, golden_bundle, golden_images, tmp_path_factory):
-    """Name → a page and the document of the same judgement: one that holds, one that does not."""
+    """Name → page and JSON document of the same comparison, one that passes and one that fails."""
     folder = tmp_path_factory.mktemp("report")
     broken = shutil.copytree(golden_bundle("reference_linear"), folder / "broken")
     spoil(broken, "network.encoder.layers.1.layer.ff.0.bias")
@@ -98,7 +98,7 @@ def test_it_is_one_whole_page_that_loads_nothing(name, judged):
     assert referred <= set(ids)
     assert all(attributes.get("alt") for tag, attributes in page.elements if tag == "img")
     drawn = [attributes for tag, attributes in page.elements if tag == "svg" and "aria-hidden" not in attributes]
-    assert len(drawn) == 2 + 2 * 4  # over all inputs, and of the layers of four of the five
+    assert len(drawn) == 2 + 2 * 4  # over all inputs, and over the layers for four of the five
     assert all(attributes["aria-label"] for attributes in drawn)
 
 
@@ -177,7 +177,7 @@ def test_what_is_the_users_is_escaped(infexport, golden_bundle, golden_images, t
     assert "Not compared" in page.text
     assert "<b>no image.png" in page.text
     assert "1 input could not be compared; of the others" in page.text
-    assert "'" in re.search(r"infexport validate parity .*?page\.html", page.text)[0]  # a shell would take it
+    assert "'" in re.search(r"infexport validate parity .*?page\.html", page.text)[0]  # a shell would expand it
 
 
 def test_an_answer_that_is_not_finite(infexport, golden_bundle, tmp_path):
@@ -237,7 +237,7 @@ def test_a_map_lies_where_its_patches_are():
     bright = (mixed == mixed[-1, -1]).all(-1)
     assert bright[10:, 20:].all()
     assert bright.sum() == 100
-    # cells of two patches, the last of one
+    # cells of two patches, the last cell of one
     cells = np.array([[[[0, 1]]]], np.float32)
     mixed, top = overlay(Centrality(cells, np.zeros((1, 1), np.float32), (2, 3), 2), grey)
     assert top == 3
@@ -248,7 +248,7 @@ def test_a_map_lies_where_its_patches_are():
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory):
-    """Run headless Chromium: what it printed, and what its console said."""
+    """Run headless Chromium; return its output and its console messages."""
     if BROWSER is None:
         if os.environ.get("CI"):
             pytest.fail("there must be a Chromium: .ci/run installs it")
@@ -280,7 +280,7 @@ def test_a_browser_shows_it(name, judged, browse, tmp_path):
         assert (pixels[450, 20].mean() > 128) == (theme == "light")
         red, green, _ = np.moveaxis(pixels[30:260, 150:700], -1, 0)
         coloured = red - green > 50 if name == "failing" else green - red > 50
-        assert coloured.sum() > 2000  # the seal and the words beside it
+        assert coloured.sum() > 2000  # the seal and the text next to it
 
 
 def test_a_telephone_does_not_scroll_sideways(judged, browse, tmp_path):
@@ -293,7 +293,7 @@ def test_a_telephone_does_not_scroll_sideways(judged, browse, tmp_path):
 
 
 def test_paper_has_what_is_folded_away(judged, browse, tmp_path):
-    """Chromium prints elements that are closed on the screen, since the page says so: paper cannot be clicked."""
+    """The printed page includes elements that are collapsed on the screen."""
     source = judged["passing"][0].source
     sizes = []
     for text in (source, source.replace("details::details-content", "details::nothing")):

@@ -1,4 +1,4 @@
-"""`run-engine`: answers, files, sizes, batches, photographs, and images that fail."""
+"""`run-engine`: predictions, files, sizes, batches, photographs, and images that fail."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ def bundle(golden_bundle):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """The same scene as people have it: every mode, sizes that are no multiple of anything."""
+    """The same scene in common image files: every mode, and sizes that are not multiples of the patch."""
     folder = tmp_path_factory.mktemp("photographs")
     astronaut = Image.fromarray(skimage.data.astronaut()).resize((205, 133))
     retina = Image.fromarray(skimage.data.retina()).resize((141, 141))
@@ -29,7 +29,7 @@ def photographs(tmp_path_factory):
     Image.fromarray(np.asarray(astronaut.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
     astronaut.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     astronaut.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
     Image.new("RGB", (1, 1), (200, 10, 30)).save(folder / "one-pixel.png")
     return folder
@@ -46,7 +46,7 @@ def test_photographs_of_every_kind(size, infexport, bundle, photographs, tmp_pat
     logits = logits_of(infexport, bundle, [photographs], tmp_path / "out.npz", "--size", size)
     assert len(logits) == len(list(photographs.iterdir())) == 9
     assert all(np.isfinite(row).all() for row in logits.values())
-    # grey in 8 and in 16 bits are the same picture, and so is the one that EXIF says is turned
+    # grey in 8 and in 16 bits are the same picture, and so is the one with an EXIF rotation
     assert relative_error(logits["sixteen.png"], logits["grey.png"]) < 1e-6
     assert relative_error(logits["turned.png"], logits["rgba.png"]) < 1e-6
     assert relative_error(logits["cmyk.jpg"], logits["astronaut.jpg"]) < 0.1
@@ -141,7 +141,7 @@ def test_a_file_name_that_is_no_utf8(infexport, bundle, photographs, tmp_path):
 
 
 class Session:
-    """ONNX Runtime's session as a GPU package without a GPU gives it."""
+    """Session of ONNX Runtime's GPU package on a machine without a GPU."""
 
     def __init__(self, *arguments, providers, **options):
         self.providers = providers

@@ -1,4 +1,4 @@
-"""`run-engine` on images that are streamed: which way is taken, what is refused, and runs that are killed."""
+"""`run-engine` with streamed images: choice of execution, errors, and killed runs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_that_would(infexport, bu
 
 
 def test_a_package_for_gpus_where_there_is_none(infexport, bundle, scene, monkeypatch):
-    """It streams as on any CPU."""
+    """Streaming works as on any CPU."""
     import onnxruntime
 
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -155,7 +155,7 @@ def test_a_truncated_image_is_one_error_and_leaves_nothing(infexport, bundle, sc
 
 
 def test_a_failure_holds_on_to_nothing(bundle, scene, tmp_path):
-    """An error's traceback would keep the tokens of the image that failed in memory."""
+    """The traceback of an error must not keep the tokens of the failed image in memory."""
     from infexport.bundle import open_bundle
     from infexport.inference.executor import Run
     from infexport.inference.options import InferenceOptions
@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_error_before_work_starts(bundle, scene, tmp_path):
 
 
 def wait_for_records(run, folder, count):
-    """Return once `folder` has been seen with so many records of a run, which must not end before."""
+    """Wait until `folder` contains a number of records of a run, which must still be running."""
     seen = set()
     while len(seen) < count:
         assert run.poll() is None, f"the run ended after {len(seen)} records"
@@ -225,7 +225,7 @@ def label_and_messages(infexport, bundle, image, output, *options):
 
 
 def test_an_exchanged_image_or_another_option_is_a_run_of_its_own(infexport, bundle, tmp_path, monkeypatch):
-    """Equal size and time at the same place: neither the old one's answer, nor the old one's progress is lost."""
+    """A new image of equal size and time at the same path gets its own prediction; the old progress is kept."""
     from infexport.inference.streaming import driver
 
     image, scratch = tmp_path / "image.tif", tmp_path / "scratch"
@@ -280,9 +280,9 @@ def test_interrupted_by_hand_it_says_so_and_clean_deletes_it(infexport, bundle, 
     options = ("--scratch", tmp_path / "scratch", "--chunk", 2)
     with subprocess.Popen(
         command(bundle, scene, tmp_path / "out.npz", *options), stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background of a shell it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
     ) as run:  # fmt: skip
-        wait_for_records(run, tmp_path / "scratch", 1)  # long before the last of tens of thousands of chunks
+        wait_for_records(run, tmp_path / "scratch", 1)  # well before the last of tens of thousands of chunks
         run.send_signal(signal.SIGINT)
         messages = run.stderr.read()
     assert run.returncode == 130

@@ -1,4 +1,4 @@
-"""Whatever stdout and stderr can do or cannot: finished work is shown as well as possible, and exit codes are true."""
+"""With any stdout and stderr, finished work is shown as well as possible, and exit codes are right."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LOST = "cannot write to standard output"
 
 
 def heed():
-    """In the background of a shell, interrupts are ignored."""
+    """Restore the default of SIGINT, which a shell ignores in background processes."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(arguments, stdout="", stderr="", **environment):
-    """Run the command with what a shell does to its streams, and say what came through: code, stdout, stderr."""
+    """Run the command with its streams redirected as by a shell; return code, stdout and stderr."""
     ends = {"closed": "{}>&-", "full": "{}>/dev/full", "left": "{}> >(exec true)", "": ""}
     script = f'"$@" {ends[stdout].format(1)} {ends[stderr].format(2)}'
-    if "left" in (stdout, stderr):  # by the time that it writes, nobody reads
+    if "left" in (stdout, stderr):  # nobody reads any more when it writes
         script = f"exec 3>&1; {script}"
     done = subprocess.run(
         ["bash", "-c", script, "bash", COMMAND, *map(str, arguments)],
@@ -92,7 +92,7 @@ def test_encodings_that_lack_characters(commands, environment):
     charset = "latin-1" if "latin-1" in environment.values() else "ascii"
     code, stdout, _ = run(commands["run-engine"], **environment)
     assert code == 0
-    # as machines read it, who know of no encoding but UTF-8
+    # as programs read it, which expect UTF-8
     assert json.loads(stdout.decode("ascii"))["images"][0]["file"] == str(commands["run-engine"][2])
     code, stdout, stderr = run(commands["run-engine"][:-1], **environment)
     assert code == 0
@@ -124,7 +124,7 @@ def test_an_image_that_fails_is_told_where_the_reader_has_left(commands, tmp_pat
 
 
 def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
-    """Texts that libraries write to descriptors 1 and 2 must not be in a file."""
+    """Texts that libraries write to descriptors 1 and 2 must not end up in an output file."""
     code = "import os\nfrom infexport.system.standard_streams import open_streams\nopen_streams()\n"
     code += f"file = open({str(tmp_path / 'file')!r}, 'w')\n[os.write(number, b'text') for number in (1, 2)]\n"
     code += "print('out', flush=True); import subprocess; subprocess.run(['sh', '-c', 'echo more; echo more >&2'])"
@@ -149,7 +149,7 @@ for moment in map(int, moments):
         main()
     print(moment, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
-"""Runs the command again and again, and sends it a signal at its n-th import, each time another n."""
+"""Script that runs the command repeatedly, and sends it a signal at its n-th import for every n."""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -164,7 +164,7 @@ def test_a_signal_at_any_import_ends_it_quietly(commands, number, code):
 
 @pytest.mark.parametrize("milliseconds", [20, 60, 100, 150, 200, 250, 300])
 def test_an_interrupt_at_any_time(commands, milliseconds):
-    """Before `main` it is Python's own matter; from then on it is never shown as a bug."""
+    """Before `main` Python handles the signal; from then on it is never reported as a bug."""
     process = subprocess.Popen(
         [COMMAND, *map(str, commands["run-engine"])], stdout=-1, stderr=-1, text=True, preexec_fn=heed
     )

@@ -1,4 +1,4 @@
-"""`validate parity`: the verdict, what it is made of, and that it can be no."""
+"""`validate parity`: its verdict, its measurements, and that it can fail."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_a_fine_tuned_checkpoint_judges_a_bundle_made_of_a_softmax_one(infexport
 
 
 def changed(bundle, tmp_path, factor):
-    """A copy of the bundle with one weight of the graph scaled."""
+    """Make a copy of the bundle with one weight of the graph scaled."""
     shutil.copytree(bundle, tmp_path / "changed")
     model = onnx.load(tmp_path / "changed" / "model.onnx")
     tensor = next(t for t in model.graph.initializer if t.name.endswith("head.weight"))

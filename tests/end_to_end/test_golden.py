@@ -1,4 +1,4 @@
-"""All golden models through the command line: PNG in, npz out, against the reference package's float64."""
+"""All golden models through the command line: PNG in, npz out, compared with float64 reference values."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ def pickled(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pickle_is_the_same_checkpoint(name, tmp_path):
-    """A conversion sees no more of a file than this."""
+    """Names, dtypes and values of tensors are all that a conversion reads from a file."""
     options, file = ConvertOptions(config_file=GOLDEN / f"{name}.json"), pickled(name, tmp_path)
     found, expected = (read_checkpoint(path, options) for path in (file, GOLDEN / f"{name}.safetensors"))
     assert found.state_dict.keys() == expected.state_dict.keys()

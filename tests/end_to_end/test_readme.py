@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands and its Python run as they stand there."""
+"""Commands and Python code of the README run as written."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ def blocks(language, text=README):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A place with nothing but the zoo, where commands are run and write."""
+    """Folder with nothing but the zoo, in which commands run and write."""
     for name in ("models", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ def test_the_road(infexport, folder):
     ],
 )
 def test_documents(document, infexport, zoo_bundle, folder):
-    shutil.copytree(zoo_bundle("digits-linear"), folder / "bundle")  # which the road ends in
+    shutil.copytree(zoo_bundle("digits-linear"), folder / "bundle")  # as the README's commands make it
     (commands,) = blocks("bash", (ROOT / "docs" / document).read_text())
     for line in commands.splitlines():
         program, *arguments = shlex.split(line, comments=True)

@@ -1,4 +1,4 @@
-"""One file, converted twice, is one bundle: nothing in it is in the order of a hash, an address or a folder."""
+"""A file converted twice gives the same bundle: no order depends on hashes, addresses or folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUNDLES = [("reference_linear", ()), ("torchvision_pure", ("--neumann-terms", "3
 
 @pytest.mark.parametrize(("name", "options"), BUNDLES)
 def test_two_conversions_are_one_bundle(golden_bundle, tmp_path, name, options):
-    """In another process, with other hashes of strings, of a copy in another folder."""
+    """Convert a copy in another folder, in another process with another seed of string hashes."""
     here = golden_bundle(name, *options)
     for suffix in ("safetensors", "json"):
         shutil.copy(GOLDEN / f"{name}.{suffix}", tmp_path)

@@ -19,7 +19,7 @@ from infvit.network import InfViT
 SHAPES = [(1, 32, 32), (3, 48, 48), (3, 32, 48), (1, 224, 224), (3, 224, 112), (1, 8, 1024)]
 
 
-# all pairs of the 16,385 tokens of 1024² in float64 would be most of what this takes
+# all pairs of the 16,385 tokens of 1024² in float64 would dominate the memory of this test
 @pytest.mark.parametrize(("name", "largest"), [("torchvision_linear", 1024), ("torchvision_pure", 512)])
 def test_one_graph_serves_every_batch_and_size(name, largest, golden_bundle):
     bundle = open_bundle(golden_bundle(name))
@@ -36,14 +36,14 @@ def test_one_graph_serves_every_batch_and_size(name, largest, golden_bundle):
 
 
 def test_a_model_over_2_gb_goes_through_external_data(infexport, tmp_path):
-    """The paper's 24 layers, widened: 2.2 GB of float32."""
+    """Model with the paper's 24 layers, widened to 2.2 GB of float32."""
     config = InfViTConfig(
         variant="pure_infsa", image_size=32, patch_size=16, depth=24, embed_dim=1408, num_heads=16, mlp_dim=5376,
         num_classes=10, norm_eps=1e-12, attention_dense=True,
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in InfViT(config).state_dict().items()}
-    # one block of random numbers serves every tensor: half a billion fresh ones would take longer than the test
+    # one block of random numbers for every tensor: half a billion new ones would take longer than the test
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
 
     def tensor(name, shape):
@@ -69,4 +69,4 @@ def test_a_model_over_2_gb_goes_through_external_data(infexport, tmp_path):
     del checkpoint
     session = onnxruntime.InferenceSession(bundle.model)
     (logits,) = session.run(["logits"], {"image": image})
-    assert relative_error(logits, expected) <= 5e-5  # float32 against float32, 24 layers deep
+    assert relative_error(logits, expected) <= 5e-5  # float32 compared with float32, after 24 layers

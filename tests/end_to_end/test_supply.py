@@ -1,4 +1,4 @@
-"""What is installed: every package has its reason and its version, and what the documents mention is there."""
+"""Installed packages: each is required and pinned, and what the documents mention exists."""
 
 import re
 import subprocess
@@ -13,12 +13,12 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-# of a GPU: the environment of the tests has none of them
+# packages for GPUs, which the tests' environment lacks
 UNPINNED = {"onnxruntime-gpu", "tensorrt"}
 
 
 def requirements():
-    """Of every package its requirements, with the extra that has it."""
+    """Package → its requirements, with the extra that each belongs to."""
     groups = {"base": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
     for extra, lines in groups.items():
         for line in lines:
@@ -73,7 +73,7 @@ def test_all_that_is_installed_with_them_has_its_version():
             if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
                 waiting.append((canonicalize_name(requirement.name), tuple(sorted(requirement.extras))))
     brought = {name for name, _ in seen} - {"infexport", "setuptools", "pip"}
-    # torch pins CUDA's libraries itself
+    # torch itself pins the CUDA libraries
     unknown = {name for name in brought - pins().keys() if not re.match(r"(cuda|nvidia)-", name)}
     assert not unknown, "scripts/lock makes constraints.txt again"
 

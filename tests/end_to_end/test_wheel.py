@@ -1,4 +1,4 @@
-"""The built wheel, in an environment with nothing else: it runs a bundle without torch."""
+"""The built wheel, alone in an environment, runs a bundle without torch."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def build(source, output, *kinds):
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """The sdist, and the wheel that is built from it."""
+    """Build the sdist, and the wheel from the sdist."""
     folder = tmp_path_factory.mktemp("dist")
     build(ROOT, folder)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
@@ -71,6 +71,6 @@ def test_the_wheel_runs_a_bundle_without_torch(distributions, golden_bundle, gol
     ]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert len(json.loads(ran.stdout)["images"]) == 3
-    # all three source roots are in it
+    # it contains all three source roots
     code = "import importlib.util as u; print([bool(u.find_spec(n)) for n in ('infexport', 'infsa_ops', 'infvit')])"
     assert subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path) == "[True, True, True]\n"

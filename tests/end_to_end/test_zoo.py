@@ -1,4 +1,4 @@
-"""The shipped checkpoints: trained as they say, and the same answers in ONNX Runtime as in PyTorch."""
+"""Shipped checkpoints: their recorded training, and equal results in ONNX Runtime and PyTorch."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ REQUIRED = {"digits-linear": 0.985, "digits-pure": 0.975}
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    """A folder with every held-out digit as PNG, named by index, and their labels."""
+    """Folder with every held-out digit as PNG, named by index, and the labels."""
     folder = tmp_path_factory.mktemp("held-out")
     _, _, images, labels = train_digits.digits()
     for i, image in enumerate(images):
@@ -81,7 +81,7 @@ def test_every_checkpoint_says_how_it_was_trained(name):
 
 @pytest.fixture(scope="module")
 def canvas_files(tmp_path_factory):
-    """Every held-out canvas of a size in a folder per class: size → folder."""
+    """Size → folder with every held-out canvas of that size, in a folder per class."""
     folder = tmp_path_factory.mktemp("canvases")
 
     def get(size):
