@@ -206,7 +206,7 @@ def test_parity_at_a_batch_of_one_and_outside_the_profile(infexport, folder, gpu
 
 
 def test_onnx_runtime_does_what_no_engine_can(infexport, folder, gpu, pictures):
-    """With only an engine of the whole graph, `auto` streams in ONNX Runtime as without engines."""
+    """`auto` streams in ONNX Runtime if there is only an engine of the whole graph."""
     arguments = (folder, pictures[2], "--size", "native", "--execution", "stream")
     found, told = logits(infexport, *arguments)
     assert "running on cpu with fp32" in told

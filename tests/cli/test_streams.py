@@ -1,4 +1,4 @@
-"""With any stdout and stderr, finished work is shown as well as possible, and exit codes are right."""
+"""Finished work is shown as well as any stdout and stderr allow, and exit codes are right."""
 
 from __future__ import annotations
 
