@@ -23,7 +23,8 @@ HELP = """Deploy Infinite Self-Attention vision transformers.
   infexport build-engine bundle --target a100
   infexport run-engine bundle photo.jpg
 
-Results go to stdout, messages to stderr. Exit code 0: done, 1: the answer is no, 2: wrong usage or input, 3: a bug.
+Results go to stdout, messages to stderr. Exit code 0: done, 1: a check or an image failed, 2: wrong usage or input,
+3: a bug.
 """
 
 

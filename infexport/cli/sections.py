@@ -17,7 +17,7 @@ from infexport.inference.planner import ExecutionMode
 CHECKPOINT = {
     "unchanged": "there and unchanged",
     "changed": "there, but changed since the conversion",
-    "gone": "no longer where it was",
+    "gone": "gone from its recorded path",
     "unreadable": "there, but this user may not read it",
 }
 MODE_NAMES: dict[ExecutionMode, str] = {"whole": "whole", "memory": "streamed", "disk": "with scratch"}

@@ -70,7 +70,7 @@ def test_nobody_at_an_address(infexport, ray, zoo_bundle, monkeypatch):
 
 def test_an_address_that_is_none(infexport, zoo_bundle):
     result = infexport("run-engine", "--ray", zoo_bundle("digits-linear"), "a.png", exit_code=2)
-    assert "write --ray last to name none" in result.stderr
+    assert "without an address, --ray goes last" in result.stderr
 
 
 @pytest.mark.parametrize(
