@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 
 from infexport.evaluation.accuracy.dataset import Classes
-from infexport.evaluation.accuracy.evaluate import Judged
-from infexport.evaluation.accuracy.evaluate import Report as AccuracyReport
-from infexport.evaluation.centrality.check import RESIDUAL, HeadReport, ImageReport
-from infexport.evaluation.centrality.check import Report as CentralityReport
+from infexport.evaluation.accuracy.evaluate import AccuracyResult, LabelledPrediction
+from infexport.evaluation.centrality.check import RESIDUAL, CentralityResult, HeadReport, ImageReport
 from infexport.evaluation.parity.metrics import compare, tolerance_for
-from infexport.evaluation.parity.result import Report as ParityReport
+from infexport.evaluation.parity.result import ParityResult
 from infexport.inference.prediction import Prediction
 from infvit.absorbing import Deviation
 
@@ -57,7 +55,7 @@ def head(residual=RESIDUAL / 2, walk=FINE):
 
 
 def centrality_report(*heads):
-    return CentralityReport(Path("b"), Path("c"), "pure_infsa", 1, 9, 0, (ImageReport("x", 10, heads),), ())
+    return CentralityResult(Path("b"), Path("c"), "pure_infsa", 1, 9, 0, (ImageReport("x", 10, heads),), ())
 
 
 @pytest.mark.parametrize("bad", BAD[:2])
@@ -92,8 +90,8 @@ def test_an_eigenvector_that_is_none_has_no_residual(side, monkeypatch):
 
 def accuracy_report(*logits):
     rows = [Prediction("a.png", (1, 1), 0.0, np.array(row, np.float32), np.zeros(2, np.float32)) for row in logits]
-    images = tuple(Judged(0, row, row) for row in rows)
-    return AccuracyReport(Path("b"), True, Classes(2, None), images, (), "cpu", 1.0, "torch", 1.0, 1.0)
+    images = tuple(LabelledPrediction(0, row, row) for row in rows)
+    return AccuracyResult(Path("b"), True, Classes(2, None), images, (), "cpu", 1.0, "torch", 1.0, 1.0)
 
 
 def test_accuracy_with_answers_that_are_no_numbers():
@@ -105,6 +103,6 @@ def test_accuracy_with_answers_that_are_no_numbers():
 
 
 def test_nothing_at_all_is_no_yes():
-    assert not ParityReport(Path("b"), Path("c"), True, "cpu", TOLERANCE, (), ())
+    assert not ParityResult(Path("b"), Path("c"), True, "cpu", TOLERANCE, (), ())
     assert not centrality_report()
     assert not dataclasses.replace(accuracy_report(), required=None)

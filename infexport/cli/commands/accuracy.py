@@ -25,7 +25,7 @@ from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
     from infexport.bundle import Bundle
-    from infexport.evaluation.accuracy.evaluate import Report
+    from infexport.evaluation.accuracy.evaluate import AccuracyResult
     from infexport.evaluation.accuracy.metrics import OfClass, Share
     from infexport.evaluation.checkpoint_reference import CheckpointRunnerFactory
 
@@ -121,7 +121,7 @@ def _network(bundle: Bundle, checkpoint: Path | None) -> CheckpointRunnerFactory
         raise InfexportError(error.summary, error.details, hint) from error
 
 
-def _show(out: Output, report: Report) -> None:
+def _show(out: Output, report: AccuracyResult) -> None:
     found = report.accuracy
     out.data(f"{len(report.images)} images of {len(found.classes)} classes, on {report.ran}{_streamed(report)}")
     if not report.images:
@@ -139,7 +139,7 @@ def _show(out: Output, report: Report) -> None:
         out.data(_verdict(report))
 
 
-def _show_classes(out: Output, report: Report) -> None:
+def _show_classes(out: Output, report: AccuracyResult) -> None:
     classes: Sequence[OfClass] = report.accuracy.classes
     if len(classes) > ALL_CLASSES:
         classes = sorted(classes, key=lambda one: one.right.share)[:WORST]
@@ -159,7 +159,7 @@ def _show_classes(out: Output, report: Report) -> None:
     )
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: AccuracyResult) -> str:
     held = "holds" if report else "FAILED"
     verdict = f"accuracy {held}: top-1 {report.accuracy.top1.share:.2%}, at least {report.required:.2%} required"
     if count := len(report.failed):
@@ -167,7 +167,7 @@ def _verdict(report: Report) -> str:
     return verdict if report.verified else f"{verdict} (unverified: the bundle was modified)"
 
 
-def _show_pytorch(out: Output, report: Report) -> None:
+def _show_pytorch(out: Output, report: AccuracyResult) -> None:
     from infexport.evaluation.parity.metrics import NETWORK
 
     theirs, agreement = report.pytorch_accuracy, report.agreement
@@ -205,7 +205,7 @@ def _rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}"
 
 
-def _streamed(report: Report) -> str:
+def _streamed(report: AccuracyResult) -> str:
     """Return how many images were streamed, in parentheses, if any."""
     streamed = [f"{count} {execution}" for execution, count in report.executions().items() if execution != "whole"]
     return f" ({'; '.join(streamed)})" if streamed else ""

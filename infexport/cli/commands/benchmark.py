@@ -13,7 +13,7 @@ from infexport.cli.providers import engine_option, provider_option
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
-    from infexport.evaluation.benchmark.result import BenchmarkRow, Report
+    from infexport.evaluation.benchmark.result import BenchmarkRow, BenchmarkResult
 
 ON_GPU = ("J/image", "GPU MB")
 """Columns shown only where they have a value."""
@@ -87,7 +87,7 @@ def benchmark(
     raise click.exceptions.Exit(0 if report else 1)
 
 
-def _show(out: Output, report: Report) -> None:
+def _show(out: Output, report: BenchmarkResult) -> None:
     for line in _facts(report):
         out.data(line)
     cells = [_cells(row) for row in report.rows]
@@ -100,7 +100,7 @@ def _show(out: Output, report: Report) -> None:
             out.data(f"{row.name} {row.status}: {row.reason}")
 
 
-def _facts(report: Report) -> list[str]:
+def _facts(report: BenchmarkResult) -> list[str]:
     """Return the lines above the table: machine, runtime, limit and bundle."""
     from infexport.bundle.manifest import MODEL
     from infexport.evaluation.benchmark.gemm import SHAPES, UNITS, absence
@@ -124,7 +124,7 @@ def _facts(report: Report) -> list[str]:
     ]
 
 
-def _missing(report: Report) -> list[str]:
+def _missing(report: BenchmarkResult) -> list[str]:
     """Return a line for each quantity that NVML does not provide."""
     measured = [row.measured for row in report.rows if row.measured is not None]
     return [f"not measured: {reason}" for each in measured if each.on_gpu for reason in each.on_gpu.missing]

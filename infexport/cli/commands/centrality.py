@@ -13,7 +13,7 @@ from infexport.cli.options import Numbers, Sizes
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
-    from infexport.evaluation.centrality.check import HeadReport, Report
+    from infexport.evaluation.centrality.check import CentralityResult, HeadReport
 
 _WALK = ("visits", "expected", "off")
 
@@ -70,7 +70,7 @@ def centrality(
     raise click.exceptions.Exit(0 if report else 1)
 
 
-def _show(out: Output, report: Report) -> None:
+def _show(out: Output, report: CentralityResult) -> None:
     from infexport.evaluation.centrality.check import MAX_STEPS, PAPER, RESIDUAL
     from infvit.absorbing import ALLOWANCE
 

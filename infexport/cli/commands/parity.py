@@ -13,7 +13,7 @@ from infexport.cli.providers import engine_option, provider_option
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
-    from infexport.evaluation.parity.result import Report
+    from infexport.evaluation.parity.result import ParityResult
 
 
 @click.command(short_help="Compare BUNDLE with its checkpoint in PyTorch.")
@@ -93,7 +93,7 @@ def parity(
     raise click.exceptions.Exit(0 if report else 1)
 
 
-def _show(out: Output, report: Report, layers: bool) -> None:
+def _show(out: Output, report: ParityResult, layers: bool) -> None:
     out.table(
         ["input", "max abs", "mean abs", "relative", "torch's own", "cosine", "top-1", ""],
         [
@@ -122,7 +122,7 @@ def _show(out: Output, report: Report, layers: bool) -> None:
     out.data(report.verdict)
 
 
-def _show_layers(out: Output, report: Report) -> None:
+def _show_layers(out: Output, report: ParityResult) -> None:
     """Show the error that each part of the network adds, and the cumulative error there."""
     out.data("")
     out.table(

@@ -66,7 +66,7 @@ class Clock(ProgressListener):
 
 
 @dataclass(frozen=True)
-class Judged:
+class LabelledPrediction:
     """An image of a class, by its index, and the answers; PyTorch's is None where it was not asked or failed."""
 
     label: int
@@ -75,7 +75,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Report:
+class AccuracyResult:
     """Accuracy of a bundle; true where there are images, all were judged, and top-1 is what was required.
 
     Attributes:
@@ -91,7 +91,7 @@ class Report:
     path: Path
     verified: bool
     classes: Classes
-    images: tuple[Judged, ...]
+    images: tuple[LabelledPrediction, ...]
     failed: tuple[Failure, ...]
     ran: str
     rate: float | None
@@ -113,7 +113,7 @@ class Report:
         return self._accuracy([image.bundle for image in self.images], self.images)
 
     @property
-    def compared(self) -> list[tuple[Judged, Prediction]]:
+    def compared(self) -> list[tuple[LabelledPrediction, Prediction]]:
         """Images with both answers, and PyTorch's."""
         return [(image, image.pytorch) for image in self.images if image.pytorch is not None]
 
@@ -188,12 +188,12 @@ class Report:
                 writer.writerow(line[: len(header)])
             text.detach()
 
-    def _told(self, image: Judged) -> dict[str, Any]:
+    def _told(self, image: LabelledPrediction) -> dict[str, Any]:
         answers = {"bundle": image.bundle, "pytorch": image.pytorch}
         tops = {name: one and one.top_k(1, self.classes.labels)[0] for name, one in answers.items()}
         return {"file": image.bundle.file, "label": self.classes.name(image.label), **tops}
 
-    def _accuracy(self, answers: Sequence[Prediction], images: Sequence[Judged]) -> Accuracy:
+    def _accuracy(self, answers: Sequence[Prediction], images: Sequence[LabelledPrediction]) -> Accuracy:
         return accuracy(self._logits(answers), np.array([image.label for image in images], np.int64))
 
     def _logits(self, answers: Sequence[Prediction]) -> Logits:
@@ -224,7 +224,7 @@ def evaluate(
     network: RunnerFactory | None = None,
     required: float | None = None,
     network_batch_size: int | None = None,
-) -> Report:
+) -> AccuracyResult:
     """Run a bundle on images whose class is known, and PyTorch on those that it could answer.
 
     Args:
@@ -260,11 +260,11 @@ def evaluate(
             found, failures = _parted(predictor.predict([files[index] for index in answered], network_clock))
         theirs = {answered[place]: answer for place, answer in found.items()}
         failed += _by_pytorch(failures)
-    return Report(
+    return AccuracyResult(
         bundle.path,
         bundle.verified,
         classes,
-        tuple(Judged(images[index].label, answers[index], theirs.get(index)) for index in answered),
+        tuple(LabelledPrediction(images[index].label, answers[index], theirs.get(index)) for index in answered),
         tuple(failed),
         ", ".join(clock.ran),
         clock.rate,

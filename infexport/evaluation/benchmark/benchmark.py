@@ -9,7 +9,7 @@ from typing import Any
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.evaluation.benchmark.result import BenchmarkRow, Measured, OnGpu, Report, speed_limit
+from infexport.evaluation.benchmark.result import BenchmarkResult, BenchmarkRow, Measured, OnGpu, speed_limit
 from infexport.evaluation.flops import matmul_cost
 from infexport.images.preprocess import check_whole_patches
 from infexport.system.host import cpu_model, usable_cores
@@ -50,7 +50,7 @@ def benchmark(
     threads: int | None = None,
     max_seconds: float = 60,
     listener: ProgressListener = SILENT,
-) -> Report:
+) -> BenchmarkResult:
     """Measure a bundle, every size in a process of its own, on images of noise.
 
     Cold start has the bundle's files in the system's cache, as they were just read. `gemm` is run between the
@@ -95,7 +95,7 @@ def benchmark(
         if row.reason:
             listener.on_event(Status(f"{row.name}: {row.status}, {row.reason}"))
         rows.append(row)
-    return Report(bundle.path, manifest, precision, machine, found["gemm"], tuple(rows))
+    return BenchmarkResult(bundle.path, manifest, precision, machine, found["gemm"], tuple(rows))
 
 
 def _measure(row: BenchmarkRow, request: dict[str, Any], precision: str, provider: str) -> BenchmarkRow:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infexport.evaluation.benchmark.gemm import UNITS
-from infexport.evaluation.benchmark.result import BenchmarkRow, Measured, Report, Spread, speed_limit
+from infexport.evaluation.benchmark.result import BenchmarkResult, BenchmarkRow, Measured, Spread, speed_limit
 from infexport.outputs.files import check_writable, drawing_errors, written
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
     check_writable(path, PICTURE, (".png",), ELSEWHERE)
 
 
-def draw_scaling(report: Report, path: Path) -> None:
+def draw_scaling(report: BenchmarkResult, path: Path) -> None:
     """Draw time and peak memory against tokens, log-log, with the machine's limit; 1500x640 pixels.
 
     Raises:
@@ -39,7 +39,7 @@ def draw_scaling(report: Report, path: Path) -> None:
         _scaling(report).savefig(file, format="png", metadata={"Software": None})
 
 
-def _scaling(report: Report) -> Figure:
+def _scaling(report: BenchmarkResult) -> Figure:
     from matplotlib.figure import Figure  # no pyplot: no window system is asked for
 
     rows = sorted(report.rows, key=lambda row: row.tokens)
@@ -70,7 +70,7 @@ def _scaling(report: Report) -> Figure:
 
 
 def _draw_time(
-    axes: Axes, report: Report, rows: Sequence[BenchmarkRow], measured: Sequence[tuple[BenchmarkRow, Measured]]
+    axes: Axes, report: BenchmarkResult, rows: Sequence[BenchmarkRow], measured: Sequence[tuple[BenchmarkRow, Measured]]
 ) -> None:
     spreads = [Spread.of(m.seconds) for _, m in measured]
     axes.errorbar(

@@ -151,7 +151,7 @@ class BenchmarkRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkResult:
     """A benchmark: true where no size failed.
 
     Attributes:

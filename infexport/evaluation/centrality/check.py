@@ -92,7 +92,7 @@ class ImageReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class CentralityResult:
     """The verdict: true where there are heads, every one's is, and every image could be read.
 
     Attributes:
@@ -161,7 +161,7 @@ def validate_centrality(
     walkers: int = 100_000,
     seed: int = 0,
     listener: ProgressListener = SILENT,
-) -> Report:
+) -> CentralityResult:
     """Look at the attention of every layer and head, in float64, on the CPU, with no N×N anywhere.
 
     Args:
@@ -221,7 +221,7 @@ def validate_centrality(
             listener.on_event(ItemsDone(count_heads(bundle, layers)))
         else:
             look(str(path), pixels)
-    return Report(
+    return CentralityResult(
         bundle=bundle.path,
         checkpoint=checkpoint_path,
         variant=config.variant,

@@ -61,7 +61,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Report:
+class ParityResult:
     """The verdict: true where there are cases, all are within tolerance, and every image could be read.
 
     Attributes:

@@ -17,7 +17,7 @@ from infexport.bundle import Bundle
 from infexport.errors import InfexportError
 from infexport.evaluation.parity.layers import Arithmetic, Part, judge, summand_size
 from infexport.evaluation.parity.metrics import compare, tolerance_for
-from infexport.evaluation.parity.result import Case, Report
+from infexport.evaluation.parity.result import Case, ParityResult
 from infexport.evaluation.parity.tracing import GraphTracer, StageTracer, Trace, trace_torch
 from infexport.evaluation.pytorch_reference import TorchRunner, enough_memory
 from infexport.evaluation.recorded_checkpoint import load_recorded
@@ -49,7 +49,7 @@ def _logits(runner: ImageRunner, batch: NDArray[np.uint8]) -> NDArray[Any]:
     return np.concatenate([runner.run(part)["logits"] for part in parts])
 
 
-class Judge:
+class ParityComparer:
     """Judges one input after the other, once entered.
 
     Args:
@@ -133,7 +133,7 @@ def validate(
     stream: bool = False,
     layers: bool = False,
     listener: ProgressListener = SILENT,
-) -> Report:
+) -> ParityResult:
     """Run the bundle, PyTorch and its float64 twin on the same inputs and judge.
 
     Args:
@@ -155,7 +155,7 @@ def validate(
     cases: list[Case] = []
     failed: list[tuple[Path, InfexportError]] = []
     checkpoint = load_recorded(checkpoint_path, bundle)
-    with Judge(bundle, checkpoint, opening or RunnerFactory(bundle, "cpu"), stream, layers) as judge_:
+    with ParityComparer(bundle, checkpoint, opening or RunnerFactory(bundle, "cpu"), stream, layers) as comparer:
 
         @contextmanager
         def failing(name: Path) -> Iterator[None]:
@@ -167,11 +167,11 @@ def validate(
 
         for height, width in sizes:
             with failing(Path(f"{height}x{width}")):
-                cases.append(judge_(f"{height}x{width}", synthetic_batch(height, width, patch)))
+                cases.append(comparer(f"{height}x{width}", synthetic_batch(height, width, patch)))
         for path in images:
             with failing(path):
                 pixels = fit(read_image(path), patch, "native", transform, "pad").pixels
-                cases.append(judge_(str(path), pixels[None], path))
-        ran = judge_.ran
-    tolerance = judge_.tolerance
-    return Report(bundle.path, checkpoint_path, bundle.verified, ran, tolerance, tuple(cases), tuple(failed))
+                cases.append(comparer(str(path), pixels[None], path))
+        ran = comparer.ran
+    tolerance = comparer.tolerance
+    return ParityResult(bundle.path, checkpoint_path, bundle.verified, ran, tolerance, tuple(cases), tuple(failed))

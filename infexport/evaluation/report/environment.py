@@ -11,7 +11,7 @@ from pathlib import Path
 from infexport.bundle import Bundle
 from infexport.bundle.integrity import sha256
 from infexport.bundle.provenance import Checked, check_provenance
-from infexport.evaluation.parity.result import Report
+from infexport.evaluation.parity.result import ParityResult
 from infexport.system.gpus import local_gpu
 from infexport.system.host import cpu_model, usable_cores
 
@@ -35,7 +35,7 @@ class Facts:
     now: dict[str, str]
 
 
-def collect_facts(report: Report, bundle: Bundle) -> Facts:
+def collect_facts(report: ParityResult, bundle: Bundle) -> Facts:
     """Of this process, this machine and the files as they are."""
     found = check_provenance(bundle)
     source = [Checked(f"{each.file} (checkpoint)", each.sha256, each.state) for each in found.source]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from infexport.evaluation.parity.result import Case, Logits, Report
+from infexport.evaluation.parity.result import Case, Logits, ParityResult
 from infexport.evaluation.report.svg import BAD, INK, OURS, THEIRS, drawing, inline
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ LEAST = 1e-6
 """Of the tolerance: errors below are one bar of a histogram."""
 
 
-def overall(report: Report) -> list[tuple[Markup, str]]:
+def overall(report: ParityResult) -> list[tuple[Markup, str]]:
     """Of all inputs: plots, and what is below them."""
     return [
         (_sizes(report), "Relative error of the logits of every input, by size; the truth is float64."),
@@ -50,7 +50,7 @@ def layers(case: Case, index: int) -> list[tuple[Markup, str]]:
     ]
 
 
-def _sizes(report: Report) -> Markup:
+def _sizes(report: ParityResult) -> Markup:
     sizes: dict[tuple[int, ...], list[Case]] = {}
     for case in sorted(report.cases, key=lambda case: (math.prod(case.shape[1:3]), case.shape)):
         sizes.setdefault(case.shape[1:3], []).append(case)
@@ -83,7 +83,7 @@ def _sizes(report: Report) -> Markup:
         return _svg(inline(figure, "sizes", "Relative error of every input by image size, beside the tolerance."))
 
 
-def _errors(report: Report) -> Markup:
+def _errors(report: ParityResult) -> Markup:
     from matplotlib.ticker import FuncFormatter
 
     allowed = report.tolerance.relative

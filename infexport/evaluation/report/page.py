@@ -14,7 +14,7 @@ import numpy as np
 from infexport.bundle import Bundle
 from infexport.bundle.summary import bundle_warnings, summary_lines
 from infexport.evaluation.parity.layers import MULTIPLE
-from infexport.evaluation.parity.result import Case, Report
+from infexport.evaluation.parity.result import Case, ParityResult
 from infexport.evaluation.report import figures
 from infexport.evaluation.report.environment import collect_facts
 from infexport.evaluation.report.order import short_names, worst_first
@@ -41,7 +41,7 @@ def check_report(path: Path) -> None:
     check_writable(path, "report", (".html",), ELSEWHERE)
 
 
-def write_report(report: Report, bundle: Bundle, command: str, path: Path, threads: int | None = None) -> None:
+def write_report(report: ParityResult, bundle: Bundle, command: str, path: Path, threads: int | None = None) -> None:
     """Write the page; it appears when it is whole.
 
     Args:
@@ -60,7 +60,7 @@ def write_report(report: Report, bundle: Bundle, command: str, path: Path, threa
         file.write(html.encode("utf-8", "replace"))  # a file name may be no UTF-8
 
 
-def page(report: Report, bundle: Bundle, command: str, threads: int | None = None) -> str:
+def page(report: ParityResult, bundle: Bundle, command: str, threads: int | None = None) -> str:
     """The whole page, HTML."""
     said = Said(report)
     return _environment().get_template("page.html").render(
@@ -82,7 +82,7 @@ def page(report: Report, bundle: Bundle, command: str, threads: int | None = Non
 class Said:
     """A report in sentences."""
 
-    report: Report
+    report: ParityResult
 
     @cached_property
     def cases(self) -> list[Case]:

@@ -16,7 +16,7 @@ from PIL import Image
 from infexport.bundle import Bundle
 from infexport.bundle.manifest import CENTRALITY_MODEL
 from infexport.errors import InfexportError
-from infexport.evaluation.parity.result import Case, Logits, Report
+from infexport.evaluation.parity.result import Case, Logits, ParityResult
 from infexport.evaluation.report.order import worst_first
 from infexport.evaluation.synthetic_images import MANY, synthetic_batch
 from infexport.images.decode import Pixels, read_image
@@ -61,7 +61,7 @@ class Example:
     difference: tuple[float, str]
 
 
-def find_examples(report: Report, bundle: Bundle, threads: int | None = None) -> list[Example]:
+def find_examples(report: ParityResult, bundle: Bundle, threads: int | None = None) -> list[Example]:
     """The worst inputs, of each the image that is off most.
 
     Args:
