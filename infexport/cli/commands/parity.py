@@ -117,8 +117,8 @@ def _show(out: Output, report: ParityResult, layers: bool) -> None:
     out.data(f"compared: {report.compared}")
     out.data(f"ran on: {report.ran}")
     out.data(f"tolerance: {report.tolerance}")
-    if report.culprit:
-        out.data(report.culprit)
+    if report.first_over_budget:
+        out.data(report.first_over_budget)
     out.data(report.verdict)
 
 
@@ -131,12 +131,12 @@ def _show_layers(out: Output, report: ParityResult) -> None:
             [
                 case.name,
                 part.name,
-                f"{part.output.adds:.1e}",
+                f"{part.output.local_error:.1e}",
                 f"{part.output.budget:.1e}",
-                *(("-", "-") if worst is None else (f"{worst.adds:.1e}", f"{worst.budget:.1e}")),
-                f"{part.total:.1e}",
-                f"{part.torch_adds:.1e}",
-                f"{part.torch_total:.1e}",
+                *(("-", "-") if worst is None else (f"{worst.local_error:.1e}", f"{worst.budget:.1e}")),
+                f"{part.cumulative_error:.1e}",
+                f"{part.torch_local_error:.1e}",
+                f"{part.torch_cumulative_error:.1e}",
                 "ok" if part else "FAILED",
             ]
             for case in report.cases

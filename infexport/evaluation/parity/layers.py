@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -49,22 +49,25 @@ class Error:
     """Relative, Frobenius.
 
     Attributes:
-        adds: against the float64 part, given the same input.
-        budget: what `adds` may be.
+        local_error: against the float64 part, given the same input.
+        budget: what `local_error` may be.
     """
 
-    adds: float
+    local_error: float
     budget: float
 
     def __bool__(self) -> bool:
-        return self.adds <= self.budget < math.inf  # false of what is no number, too
+        return self.local_error <= self.budget < math.inf  # false of what is no number, too
 
     @property
     def share(self) -> float:
         """Share of the budget; infinite where there is none, or it cannot be told."""
-        if math.isnan(self.adds) or not self.budget < math.inf:
+        if math.isnan(self.local_error) or not self.budget < math.inf:
             return math.inf
-        return self.adds / self.budget if self.budget else math.inf if self.adds else 0.0
+        return self.local_error / self.budget if self.budget else math.inf if self.local_error else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        return {"adds": self.local_error, "budget": self.budget}
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,16 @@ class Part:
         name: `embed`, `layers.0`, … or `head`.
         output: its own error.
         states: the same of what its operators give: sums, scores, mixed values.
-        total: of its output against the float64 network's, which was given the image.
-        torch_adds, torch_total: both of PyTorch's float32.
+        cumulative_error: of its output against the float64 network's, which was given the image.
+        torch_local_error, torch_cumulative_error: both of PyTorch's float32.
     """
 
     name: str
     output: Error
     states: dict[str, Error]
-    total: float
-    torch_adds: float
-    torch_total: float
+    cumulative_error: float
+    torch_local_error: float
+    torch_cumulative_error: float
 
     def __bool__(self) -> bool:
         return bool(self.output) and all(self.states.values())
@@ -95,7 +98,15 @@ class Part:
         return [(name, error) for name, error in [*self.states.items(), ("its output", self.output)] if not error]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": bool(self)}
+        return {
+            "name": self.name,
+            "output": self.output.to_dict(),
+            "states": {name: error.to_dict() for name, error in self.states.items()},
+            "total": self.cumulative_error,
+            "torch_adds": self.torch_local_error,
+            "torch_total": self.torch_cumulative_error,
+            "passed": bool(self),
+        }
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,7 @@ class _Judge:
         logits = [trace.logits for trace in self._traces]
         own = judge_head(head, self._bundle.features, logits[0])
         eager = judge_head(head, self._eager.features, logits[1])
-        yield Part("head", own, {}, _relative(logits[0], logits[2]), eager.adds, _relative(logits[1], logits[2]))
+        yield Part("head", own, {}, _relative(logits[0], logits[2]), eager.local_error, _relative(logits[1], logits[2]))
 
     def _layer(self, index: int, layer: Layer, last: bool) -> Part:
         """The last layer with all that follows it but the head."""
@@ -227,9 +238,9 @@ class _Judge:
             name=name,
             output=Error(_relative(bundle, exact), MULTIPLE * _rms(noisy, exact)),
             states=states,
-            total=_relative(bundle, truth),
-            torch_adds=_relative(eager, eager_exact),
-            torch_total=_relative(eager, truth),
+            cumulative_error=_relative(bundle, truth),
+            torch_local_error=_relative(eager, eager_exact),
+            torch_cumulative_error=_relative(eager, truth),
         )
 
 

@@ -45,7 +45,7 @@ class Case:
         return bool(self.bundle) and all(self.parts)
 
     @property
-    def culprit(self) -> Part | None:
+    def first_over_budget(self) -> Part | None:
         """The first part whose own error is out of its budget."""
         return next((part for part in self.parts if not part), None)
 
@@ -96,13 +96,15 @@ class ParityResult:
         return verdict if self.verified else f"{verdict} (unverified: the bundle was modified)"
 
     @property
-    def culprit(self) -> str:
+    def first_over_budget(self) -> str:
         """The first part that is out of its budget, in words; empty where none is."""
         for case in self.cases:
-            part = case.culprit
+            part = case.first_over_budget
             if part is None:
                 continue
-            told = [f"{name} is off by {error.adds:.1e}, its budget {error.budget:.1e}" for name, error in part.out]
+            told = [
+                f"{name} is off by {error.local_error:.1e}, its budget {error.budget:.1e}" for name, error in part.out
+            ]
             return f"the first part out of its budget is {part.name}, at {case.name}: {'; '.join(told)}"
         return ""
 
@@ -114,7 +116,7 @@ class ParityResult:
             "verified": self.verified,
             "compared": self.compared,
             "ran": self.ran,
-            "culprit": self.culprit,
+            "culprit": self.first_over_budget,
             "tolerance": {
                 "relative": self.tolerance.relative,
                 "precision": self.tolerance.precision,

@@ -115,13 +115,13 @@ def _adds(case: Case, index: int) -> Markup:
     with drawing() as figure:
         axes = figure.subplots()
         budgets = _visible([part.output.budget for part in parts])
-        ours = _visible([part.output.adds for part in parts])
-        theirs = _visible([part.torch_adds for part in parts])
+        ours = _visible([part.output.local_error for part in parts])
+        theirs = _visible([part.torch_local_error for part in parts])
         axes.hlines(budgets, x - 0.38, x + 0.38, color=INK, linewidth=1.6, label="its budget")
         axes.plot(x, theirs, "o", color=THEIRS, markerfacecolor="none", markersize=5, label="PyTorch float32")
         good = np.array([bool(part.output) for part in parts])
         axes.plot(x[good], ours[good], "D", color=OURS, markersize=4.5, label="the part adds")
-        out = [(place, error.adds) for place, part in enumerate(parts) for _, error in part.out]
+        out = [(place, error.local_error) for place, part in enumerate(parts) for _, error in part.out]
         if out:
             axes.plot([place for place, _ in out], _visible([adds for _, adds in out]), "X", color=BAD, markersize=7,
                       label="out of its budget")  # fmt: skip
@@ -135,8 +135,8 @@ def _totals(case: Case, index: int) -> Markup:
     x = np.arange(len(case.parts))
     with drawing() as figure:
         axes = figure.subplots()
-        ours = _visible([part.total for part in case.parts])
-        theirs = _visible([part.torch_total for part in case.parts])
+        ours = _visible([part.cumulative_error for part in case.parts])
+        theirs = _visible([part.torch_cumulative_error for part in case.parts])
         axes.plot(x, theirs, "o--", color=THEIRS, markerfacecolor="none", markersize=5, linewidth=1.2,
                   label="PyTorch float32")  # fmt: skip
         axes.plot(x, ours, "D-", color=OURS, markersize=4.5, linewidth=1.6, label="the bundle")

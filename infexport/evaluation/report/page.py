@@ -91,15 +91,15 @@ class Said:
     @property
     def layered(self) -> list[Case]:
         """Cases whose layers were judged: the one that the verdict names, then the worst."""
-        named = next((case for case in self.report.cases if case.culprit is not None), None)
+        named = next((case for case in self.report.cases if case.first_over_budget is not None), None)
         found = (case for case in self.cases if case.parts)
-        return sorted(found, key=lambda case: (case is not named, case.culprit is None))
+        return sorted(found, key=lambda case: (case is not named, case.first_over_budget is None))
 
     @property
     def why(self) -> str:
         """One sentence: where it fails, or how much room there was."""
-        if self.report.culprit:
-            return f"{_capital(self.report.culprit)}."
+        if self.report.first_over_budget:
+            return f"{_capital(self.report.first_over_budget)}."
         if not self.cases:
             return "Nothing could be compared."
         case, names = self.cases[0], short_names(self.report.cases)
