@@ -89,7 +89,7 @@ def machine(monkeypatch):
 
     def runs_on(provider, precision):
         opening = SimpleNamespace(runner=lambda: FakeRunner(machine, provider, precision))
-        monkeypatch.setattr(worker, "Opening", lambda *arguments: opening)
+        monkeypatch.setattr(worker, "RunnerFactory", lambda *arguments: opening)
 
     monkeypatch.setattr(benchmark, "ask", ask)
     machine.runs_on = runs_on

@@ -219,7 +219,7 @@ def test_a_map_of_an_image_in_an_archive_has_the_image_s_name(infexport, zoo_bun
             archive.write(HELD_OUT / next(iter(DIGITS)), name)
     titles = []
     draw_figure = heatmaps.draw_figure
-    monkeypatch.setattr(heatmaps, "figure_of", lambda *given: titles.append(given[4]) or draw_figure(*given))
+    monkeypatch.setattr(heatmaps, "draw_figure", lambda *given: titles.append(given[4]) or draw_figure(*given))
     urls = [f"zip://{name}::file://{tmp_path}/all.zip" for name in ("first.png", "in/second.png")]
     infexport("run-engine", zoo_bundle("canvases-linear"), *urls, "--heatmaps", tmp_path / "maps")
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["first.png", "second.png"]

@@ -49,7 +49,7 @@ def engine(bundle):
         "target": "a100", "compute_capability": "8.0", "precision": "fp32", "backend": "tensorrt",
         "backend_version": "10.8", "sha256": sha256(file), "graph": open_bundle(bundle).manifest.graph,
         "profile": {"image": [[1, 8, 8, 3], [2, 32, 40, 3], [8, 64, 64, 3]]}, "chunk": None, "layers": {},
-        "gpu": {"name": "NVIDIA A100-SXM4-40GB"},
+        "gpu": {"name": "NVIDIA A100-SXM4-40GB", "memory": 40 << 30, "driver": "580", "capability": "8.0"},
     }  # fmt: skip
     file.with_name(file.name + ".json").write_bytes(sealed(facts))
     return facts

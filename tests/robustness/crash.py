@@ -34,12 +34,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import infexport.centrality_check
-import infexport.convert  # noqa: F401  imported here, it is there in every fork
 import numpy as np
 import torch
 from PIL import Image
 
+import infexport.conversion.convert  # noqa: F401  imported here, it is there in every fork
 from infexport.bundle import open_bundle
 from infexport.cli import cli
 from infexport.system import atomic_files

@@ -13,7 +13,7 @@ from infexport.cli.providers import engine_option, provider_option
 from infexport.system.dependencies import require
 
 if TYPE_CHECKING:
-    from infexport.evaluation.benchmark.result import BenchmarkRow, BenchmarkResult
+    from infexport.evaluation.benchmark.result import BenchmarkResult, BenchmarkRow
 
 ON_GPU = ("J/image", "GPU MB")
 """Columns shown only where they have a value."""

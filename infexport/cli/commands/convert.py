@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Iterator
@@ -126,8 +127,9 @@ def checkpoint(checkpoint: Path, output: Path, calibrate: Path | None, as_json: 
         from infexport.conversion.convert import ConvertOptions, convert
         from infexport.images.decode import find_images
 
-        images = () if calibrate is None else tuple(find_images([calibrate]))
-        settings = ConvertOptions(calibrate=images, **options)
+        settings = ConvertOptions(calibrate=() if calibrate is None else (calibrate,), **options)
+        images = tuple(find_images(settings.calibrate)) if settings.calibrate else ()
+        settings = dataclasses.replace(settings, calibrate=images)
         with out.progress(len(images), "calibrating") if images else nullcontext() as bar:
             bundle = convert(checkpoint, output, settings, ConsoleProgress(out, bar))
     for name, value in bundle.manifest.assumed.items():
