@@ -78,7 +78,7 @@ def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, Activati
                     "finite ones",
                     "check the checkpoint: its weights may be too large for float32",
                 )
-    return {key: ActivationStats(met.low, met.high, np.asarray(met.total / met.tokens)) for key, met in found.items()}
+    return {key: ActivationStats(one.low, one.high, np.asarray(one.total / one.tokens)) for key, one in found.items()}
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import re
 import tempfile
@@ -13,32 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch.export import Dim
 
-from infexport.bundle import Bundle, create_bundle, open_bundle, seal
+from infexport.bundle import Bundle, create_bundle
 from infexport.bundle.integrity import sha256
 from infexport.bundle.manifest import (
     CENTRALITY_MODEL,
-    LABELS,
+    FILE,
     MODEL,
     Calibration,
     CheckpointRecord,
     Manifest,
     NeumannSeries,
     Stage,
+    read_manifest,
 )
 from infexport.conversion.activations import add_centrality, name_operators, tokens_names, with_outputs
+from infexport.conversion.bundle_writer import BundleWriter
 from infexport.conversion.calibration import batches, calibrate
 from infexport.conversion.image_model import ImageModel
 from infexport.conversion.neumann_terms import measure_truncation
 from infexport.conversion.onnx_export import MAX_GRID, export_model
 from infexport.conversion.passes import ActivationStats, Unrepresentable, lower
 from infexport.conversion.stages import export_stages
-from infexport.conversion.weights import SharedWeightsWriter
 from infexport.errors import InfexportError
 from infexport.images.transform import Preprocessing
 from infexport.inference.centrality import CENTRALITY
@@ -130,34 +129,32 @@ def convert(
 
     Args:
         path: a `.pth`, `.pt` or `.safetensors` file or a Hugging Face folder.
-        output: the bundle to make; it appears when it is whole.
-        options: what the checkpoint does not say.
-        listener: told of every step, and of every calibration image that is done.
+        output: the bundle to make; it appears once it is complete.
+        options: facts that the checkpoint does not state.
+        listener: receives every step, and every calibration image that is done.
 
     Raises:
         InfexportError: bad input, or an output that cannot be written.
     """
     with create_bundle(output, options.force) as folder:
+        writer = BundleWriter(folder)
+        # 1: the checkpoint, and 2: the facts that it does not state
         listener.on_event(Status(f"reading {path}"))
         checkpoint = read_checkpoint(path, options)
         network = build_network(checkpoint)
-        overridden = list(checkpoint.overridden)
-        neumann = _fix_terms(network, options)
-        stated, terms = checkpoint.config.neumann_terms, network.config.neumann_terms
-        if options.neumann_tol is not None and stated not in (1, terms):
-            overridden.append(f"{terms} terms by --neumann-tol are used, not neumann_terms in a config: {stated}")
+        neumann, overridden = _fix_series(network, checkpoint, options)
         preprocessing, assumed = _preprocessing(checkpoint)
         if checkpoint.labels is not None:
-            text = json.dumps(checkpoint.labels, indent=0, ensure_ascii=False)
-            (folder / LABELS).write_text(text + "\n", encoding="utf-8")
-        exported = fold(network) if options.fold else network
-        model = ImageModel(exported, preprocessing.mean, preprocessing.std, options.input, options.fold).eval()
+            writer.add_labels(checkpoint.labels)
+        # 3: exact rewrites
+        rewritten = fold(network) if options.fold else network
+        model = ImageModel(rewritten, preprocessing.mean, preprocessing.std, options.input, options.fold).eval()
+        # 4: the whole graph, and 5: the stages, which share its weights
         listener.on_event(Status("exporting to ONNX"))
         images = batches(options.calibrate, network.config.patch_size, preprocessing, options.input, listener)
-        met, beside = _write_whole(model, folder / MODEL, options.precision, images if options.calibrate else None)
-        stages = None
-        if options.fold:
-            stages = beside.save_stages(_lowered_stages(model, options.precision, met))
+        stats = _add_whole(writer, model, options.precision, folder, images if options.calibrate else None)
+        stages = _add_stages(writer, model, options.precision, stats) if options.fold else None
+        # 6: the manifest
         listener.on_event(Status("hashing"))
         manifest = Manifest(
             config=network.config,
@@ -176,49 +173,65 @@ def convert(
             # not resolved: a link's own name is what its folder's listing shows
             checkpoint=CheckpointRecord(str(path.absolute()), {f.name: sha256(f) for f in checkpoint.files}),
             versions=_versions(),
-            files={},  # seal fills it in
+            files={},  # filled in by `finish`
             calibration=Calibration(len(options.calibrate)) if options.calibrate else None,
             stages=stages,
         )
-        seal(folder, manifest)
-    return open_bundle(output)
+        writer.finish(manifest)
+    # hashed a moment ago: to verify it would read everything again
+    return Bundle(output, read_manifest(output / FILE))
 
 
-def _write_whole(
-    model: ImageModel, file: Path, precision: str, images: Iterator[NDArray[Any]] | None
-) -> tuple[dict[str, ActivationStats] | None, SharedWeightsWriter]:
-    """Export, lower and save the whole graph, and beside it the one that also gives centrality; what its products met,
-    where images tell, and what writes other graphs beside it.
+def _add_whole(
+    writer: BundleWriter, model: ImageModel, precision: str, folder: Path, images: Iterator[NDArray[Any]] | None
+) -> dict[str, ActivationStats] | None:
+    """Export, lower and add the whole graph, and the one that also gives centrality.
+
+    Returns:
+        The statistics of the activations, where images were given.
     """
-    graph, met = _export(model), None
+    graph, stats = _export(model), None
     if images is not None:
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            _save(with_outputs(graph, OUTPUTS), Path(scratch) / file.name)
-            met = calibrate(Path(scratch) / file.name, images)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            ir.save(with_outputs(graph, OUTPUTS), Path(scratch) / MODEL, external_data=f"{MODEL}.data")
+            stats = calibrate(Path(scratch) / MODEL, images)
     config = model.network.config
     name_operators(graph.graph, config.variant)
     add_centrality(graph, config.neumann_terms, [attention.rho for attention in model.network.attentions])
-    _lower(graph, precision, met, model)
-    _save(with_outputs(graph, OUTPUTS), file)
-    onnx.checker.check_model(file, full_check=True)
-    beside = SharedWeightsWriter(file, graph)
-    beside.save(with_outputs(graph, [*OUTPUTS, CENTRALITY]), CENTRALITY_MODEL)
-    return met, beside
+    _lower(graph, precision, stats, model)
+    writer.add_graph(with_outputs(graph, OUTPUTS), MODEL)
+    writer.add_graph(with_outputs(graph, [*OUTPUTS, CENTRALITY]), CENTRALITY_MODEL)
+    return stats
 
 
-def _lowered_stages(
-    model: ImageModel, precision: str, met: dict[str, ActivationStats] | None
-) -> Iterator[tuple[Stage, ir.Model | None]]:
+def _add_stages(
+    writer: BundleWriter, model: ImageModel, precision: str, stats: dict[str, ActivationStats] | None
+) -> list[Stage]:
+    stages = []
     for stage, graph in export_stages(model):
         if graph is not None:
-            _lower(graph, precision, met, model)
-        yield stage, graph
+            _lower(graph, precision, stats, model)
+            writer.add_graph(graph, stage.graph)
+        stages.append(stage)
+    return stages
 
 
-def _lower(graph: ir.Model, precision: str, met: dict[str, ActivationStats] | None, model: ImageModel) -> None:
+def _fix_series(
+    network: InfViT, checkpoint: Checkpoint, options: ConvertOptions
+) -> tuple[NeumannSeries | None, list[str]]:
+    """Decide the terms of the Neumann series; return it, and sentences on values that were overridden."""
+    overridden = list(checkpoint.overridden)
+    neumann = _fix_terms(network, options)
+    stated, terms = checkpoint.config.neumann_terms, network.config.neumann_terms
+    if options.neumann_tol is not None and stated not in (1, terms):
+        overridden.append(f"{terms} terms by --neumann-tol are used, not neumann_terms in a config: {stated}")
+    return neumann, overridden
+
+
+def _lower(graph: ir.Model, precision: str, stats: dict[str, ActivationStats] | None, model: ImageModel) -> None:
     """Lower a graph, and refuse weights that are not finite then, by the network's own name of them."""
     try:
-        lower(graph, precision, met)
+        lower(graph, precision, stats)
     except Unrepresentable as error:
         name = _parameter_name(error.weight, model)
         raise InfexportError(f"a weight does not fit {precision}: {name}", error.details, error.hint) from error
@@ -323,10 +336,6 @@ def _export(model: ImageModel) -> ir.Model:
     names = [*OUTPUTS, *tokens_names(model.network.config.depth)]
     with model.observing():
         return export_model(model, (example,), (shapes,), [model.input_name], names)
-
-
-def _save(graph: ir.Model, file: Path) -> None:
-    ir.save(graph, file, external_data=file.name + ".data")
 
 
 def _versions() -> dict[str, str]:

@@ -18,8 +18,10 @@ from support import GOLDEN, TINY, relative_error
 
 from infexport.conversion.calibration import calibrate
 from infexport.conversion.neumann_terms import measure_truncation
-from infexport.conversion.passes import Unrepresentable, lower
+from infexport.conversion.passes import ActivationStats, Unrepresentable, lower, weight_key
+from infexport.conversion.passes.half_precision import ToHalfPrecision
 from infexport.conversion.passes.quantization import quantized_weight
+from infexport.conversion.passes.token_matmuls import find_products
 from infexport.errors import InfexportError
 from infvit.fold import fold
 from infvit.network import InfViT
@@ -54,6 +56,43 @@ def test_a_weight_beyond_a_half_type_is_named(precision, value, most):
     assert f"{value:g}" in caught.value.details
     assert most in caught.value.details
     assert "--precision fp32" in caught.value.hint
+
+
+def with_a_second_product(last: np.ndarray) -> ir.Model:
+    """Two products of tokens, of which the second has the given weight."""
+    model = product(np.ones((4, 2), np.float32), tokens=True)
+    (out,) = model.graph.outputs
+    weight = ir.val("last", const_value=ir.tensor(last, name="last"))
+    weight.shape, weight.dtype = ir.Shape(last.shape), ir.DataType.FLOAT
+    model.graph.register_initializer(weight)
+    more = ir.node("MatMul", [out, weight], outputs=[ir.val("more", ir.DataType.FLOAT, ir.Shape([1, "N", 2]))])
+    model.graph.append(more)
+    model.graph.outputs[0] = more.outputs[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("precision", "stats", "tensorrt", "error"),
+    [("fp16", None, False, Unrepresentable), ("int8", {}, False, ValueError), ("int8", None, True, ValueError)],
+)
+def test_a_pass_that_cannot_run_leaves_the_graph_untouched(precision, stats, tensorrt, error):
+    model = with_a_second_product(np.full((2, 2), 1e6, np.float32))
+    if stats is not None:  # of the first product alone
+        first = find_products(model.graph)[0]
+        stats = {weight_key(first): ActivationStats(0.0, 1.0, np.zeros(4))}
+    before = ir.to_proto(model).SerializeToString()
+    with pytest.raises(error):
+        lower(model, precision, stats, tensorrt)
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_a_pass_that_breaks_its_promise_is_found():
+    class Idle(ToHalfPrecision):
+        def apply(self, model: ir.Model) -> None:
+            """Do nothing."""
+
+    with pytest.raises(AssertionError, match="is in float32"):
+        Idle(ir.DataType.FLOAT16)(product(np.ones((4, 2), np.float32), tokens=True))
 
 
 @pytest.mark.parametrize("value", [1e5, 1e30, 3e38])

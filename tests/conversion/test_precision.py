@@ -182,24 +182,24 @@ def test_a_graph_without_shapes_is_refused():
 def test_ranges_are_those_of_all_images(convert):
     bundle, model = convert(), image_model()
     sizes = [images(1, 32, 48), images(2, 24, 32, seed=1)]
-    met = calibrate(bundle / "model.onnx", sizes)
+    stats = calibrate(bundle / "model.onnx", sizes)
     first = model.network.encoder.layers[0]
     with torch.no_grad():
         tokens = torch.cat([first.norm1(model.network.embed(torch.from_numpy(x).float())).flatten(0, 1) for x in sizes])
     keys = {
         display_name(product): weight_key(product) for product in find_products(ir.load(bundle / "model.onnx").graph)
     }
-    assert met.keys() == {key for name, key in keys.items() if name != "patch_embed.proj"}
-    found = met[keys["encoder.layers.0.attn.attention.q_proj"]]
+    assert stats.keys() == {key for name, key in keys.items() if name != "patch_embed.proj"}
+    found = stats[keys["encoder.layers.0.attn.attention.q_proj"]]
     assert (found.low, found.high) == pytest.approx((float(tokens.min()), float(tokens.max())), rel=1e-5)
     torch.testing.assert_close(torch.from_numpy(found.mean), tokens.double().mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_calibration_of_another_model_is_refused(convert):
-    met = calibrate(convert() / "model.onnx", [images()])
-    met.popitem()
+    stats = calibrate(convert() / "model.onnx", [images()])
+    stats.popitem()
     with pytest.raises(ValueError, match="another model"):
-        loaded(convert() / "model.onnx", "int8", met)
+        loaded(convert() / "model.onnx", "int8", stats)
 
 
 def test_signed_needs_fixed_ranges(convert):
@@ -226,12 +226,12 @@ def linear_graph(linear: nn.Linear) -> ir.Model:
 
 
 def int8(linear: nn.Linear, range_=None, mean=None, signed=False) -> onnx.ModelProto:
-    model, met = linear_graph(linear), None
+    model, stats = linear_graph(linear), None
     if range_ is not None:
         (product,) = find_products(model.graph)
         mean = np.zeros(linear.in_features) if mean is None else mean
-        met = {weight_key(product): ActivationStats(*range_, mean)}
-    lower(model, "int8", met, tensorrt=signed)
+        stats = {weight_key(product): ActivationStats(*range_, mean)}
+    lower(model, "int8", stats, tensorrt=signed)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -382,11 +382,11 @@ def test_a_bundle_is_lowered_as_at_convert(name, options, precision, convert, zo
         convert(*said, qkv_bias=False) if name == NO_BIAS else zoo_bundle(name, *said) for said in (options, told)
     )
     batch = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
-    met = calibrate(plain / "model.onnx", batch[:, None]) if precision == "calibrated" else None
-    assert np.array_equal(run(loaded(plain / "model.onnx", kind, met), images()), run(bundle, images()))
+    stats = calibrate(plain / "model.onnx", batch[:, None]) if precision == "calibrated" else None
+    assert np.array_equal(run(loaded(plain / "model.onnx", kind, stats), images()), run(bundle, images()))
     assert {file.name for file in plain.glob("*.onnx")} == {file.name for file in bundle.glob("*.onnx")}
     for file in plain.glob("*.onnx"):
-        onnx.save(loaded(file, kind, met), tmp_path / file.name)
+        onnx.save(loaded(file, kind, stats), tmp_path / file.name)
         assert contents(tmp_path / file.name) == contents(bundle / file.name), file.name
 
 
@@ -408,11 +408,11 @@ def values(graph: onnx.GraphProto, outer: dict[str, int] | None = None):
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "signed"])
 def test_norms_energies_states_and_sums_are_float32(config, precision, folded, convert):
     bundle = convert(*([] if folded else ["--no-fold"]), **config)
-    met = calibrate(bundle / "model.onnx", [images()]) if precision == "signed" else None
+    stats = calibrate(bundle / "model.onnx", [images()]) if precision == "signed" else None
     exact = {"LayerNormalization", "ReduceL2", "ReduceSum", "Add", "Gelu", "Softmax", "Sqrt", "Tanh"}
     seen = Counter()
     for file in bundle.glob("*.onnx"):
-        model = loaded(file, precision.replace("signed", "int8"), met, tensorrt=precision == "signed")
+        model = loaded(file, precision.replace("signed", "int8"), stats, tensorrt=precision == "signed")
         for node, found in values(model.graph):
             if node.op_type == "LinearInfSAStateUpdate":
                 assert set(found) == {TensorProto.FLOAT}, f"{node.name} of {file.name}"
@@ -511,10 +511,10 @@ def test_int8_products_are_fused_in_onnx_runtime(calibrated, zoo_bundle, tmp_pat
 @pytest.mark.parametrize("name", MODELS)
 def test_golden_models(name, golden_bundle):
     io, file = load_file(GOLDEN / f"{name}.io.safetensors"), golden_bundle(name) / "model.onnx"
-    met = calibrate(file, io["images"][:, None])
+    stats = calibrate(file, io["images"][:, None])
     for precision, limit in (("fp16", 2e-3), ("int8", 3e-2)):
         assert relative_error(run(loaded(file, precision), io["images"]), io["logits_f64"]) <= limit
-    assert relative_error(run(loaded(file, "int8", met, tensorrt=True), io["images"]), io["logits_f64"]) <= 3e-2
+    assert relative_error(run(loaded(file, "int8", stats, tensorrt=True), io["images"]), io["logits_f64"]) <= 3e-2
     for precision, limit in (("fp16", 2e-3), ("bf16", 2e-2)):
         logits = Rounding(loaded(file, precision, tensorrt=True)).run({"image": io["images"]})[0]
         assert relative_error(logits, io["logits_f64"]) <= limit

@@ -9,27 +9,42 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from infexport.conversion.passes.base import Pass
 from infexport.conversion.passes.graph_editor import Editor, first_input
 from infexport.conversion.passes.half_precision import KERNEL
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def sum_in_float32(model: ir.Model, dtype: ir.DataType) -> None:
-    """Rewrite every product of factors in half precision; in place.
+class SumInFloat32(Pass):
+    """Ask for float32 sums of every product of factors in a half type.
+
+    Ensures that no product of two such factors is left.
 
     Args:
-        model: as `half.to_half` left it.
-        dtype: of its factors.
+        dtype: of the factors.
     """
-    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
-        if _is_product(node) and first_input(node).dtype in HALVES:
-            _rewrite(node, dtype)
-    for function in model.functions.values():
-        if function.name in KERNEL:  # where nothing else is a product
-            for node in list(ir.traversal.RecursiveGraphIterator(function.graph)):
-                if _is_product(node):
-                    _rewrite(node, dtype)
+
+    def __init__(self, dtype: ir.DataType) -> None:
+        self._dtype = dtype
+
+    def apply(self, model: ir.Model) -> None:
+        for node in _half_products(model.graph):
+            _rewrite(node, self._dtype)
+        for function in model.functions.values():
+            if function.name in KERNEL:  # where nothing else is a product
+                for node in list(ir.traversal.RecursiveGraphIterator(function.graph)):
+                    if _is_product(node):
+                        _rewrite(node, self._dtype)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = _half_products(model.graph)
+        assert not left, f"{left[0].name} may be summed in a half type"
+
+
+def _half_products(graph: ir.Graph) -> list[ir.Node]:
+    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    return [node for node in nodes if _is_product(node) and first_input(node).dtype in HALVES]
 
 
 def _is_product(node: ir.Node) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from infexport.conversion.passes.base import Pass
 from infexport.conversion.passes.graph_editor import Editor, first_input
 from infexport.conversion.passes.token_matmuls import SHAPING, Product, Unrepresentable, array, find_products
 
@@ -14,47 +19,94 @@ KERNEL = {"NeumannKernel": 3, "AffinityProduct": 2, "AffinitySquaredNorm": 2}
 They sum in float32; `AffinityProduct` rounds its values itself, after it has scaled them.
 """
 
+SUFFIX = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+"""Name of each half type, in names of values."""
+
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
-"""Finite number of each half type."""
+"""Largest finite number of each half type."""
 
 ROWS = frozenset({"q", "k", "v", "query"})
 """Names of queries, keys and values among a stage's inputs and outputs."""
 
 
-def to_half(model: ir.Model, dtype: ir.DataType, attention_alone: bool = False) -> None:
-    """Products that meet every token, and the operators of Pure InfSA, in `dtype`; in place.
+class ToHalfPrecision(Pass):
+    """Compute the products that meet every token, and the operators of Pure InfSA, in a half type.
 
     In float16 the stages exchange queries, keys and values in float16, too, so that half as much is stored of an
     image. Numpy has no bfloat16: there they are float32.
 
+    Requires shapes of all values, and weights that the half type has numbers for. Ensures that no product of a float32
+    weight meets every token.
+
     Args:
-        model: float32, or in int8 by `to_int8`.
         dtype: FLOAT16 or BFLOAT16.
-        attention_alone: the operators of Pure InfSA, and nothing else.
+        attention_alone: lower the operators of Pure InfSA, and nothing else.
+    """
+
+    def __init__(self, dtype: ir.DataType, attention_alone: bool = False) -> None:
+        self._dtype, self._attention_alone = dtype, attention_alone
+        self._weights: dict[ir.Node, HalfWeight] = {}
+
+    def requires(self, model: ir.Model) -> None:
+        products = [] if self._attention_alone else find_products(model.graph)
+        self._weights = {product.node: half_weight(product, self._dtype) for product in products}
+
+    def apply(self, model: ir.Model) -> None:
+        graph, half = model.graph, _Half(model.graph, self._dtype)
+        products = {} if self._attention_alone else {product.node: product for product in find_products(graph)}
+        kernel = {node for node in graph if node.domain == "infsa" and node.op_type in KERNEL}
+        is_stored = self._dtype == ir.DataType.FLOAT16 and not self._attention_alone
+        if is_stored:
+            half.take_rows()
+        for node in list(graph):
+            if node in products:
+                half.multiply(products[node], self._weights.pop(node))
+            elif node in kernel:
+                half.attend(node)
+        if is_stored:
+            half.give_rows()
+        if kernel:
+            # this imports torch, and is needed for nothing else
+            from infexport.conversion.onnx_export import attach_bodies
+
+            model.functions.clear()
+            attach_bodies(model)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [] if self._attention_alone else find_products(model.graph)
+        assert not left, f"{left[0].node.name} is in float32"
+
+
+@dataclass(frozen=True)
+class HalfWeight:
+    """A weight in a half type.
+
+    Attributes:
+        rounded: `[K, N]`, in units of `unit`.
+        unit: a power of two for every column `[N]`, float32; None where the weight is not scaled.
+    """
+
+    rounded: NDArray[Any]
+    unit: NDArray[np.float32] | None
+
+
+def half_weight(product: Product, dtype: ir.DataType) -> HalfWeight:
+    """Round the weight of a product to a half type.
 
     Raises:
-        ValueError: the graph does not say what shape a value has.
-        Unrepresentable: a weight that would be infinite.
+        Unrepresentable: a value would be infinite.
     """
-    graph, half = model.graph, _Half(model.graph, dtype)
-    products = {} if attention_alone else {product.node: product for product in find_products(graph)}
-    kernel = {node for node in graph if node.domain == "infsa" and node.op_type in KERNEL}
-    stored = dtype == ir.DataType.FLOAT16 and not attention_alone
-    if stored:
-        half.take_rows()
-    for node in list(graph):
-        if node in products:
-            half.multiply(products[node])
-        elif node in kernel:
-            half.attend(node)
-    if stored:
-        half.give_rows()
-    if kernel:
-        # this imports torch, and is needed for nothing else
-        from infexport.conversion.onnx_export import attach_bodies
-
-        model.functions.clear()
-        attach_bodies(model)
+    weight, unit = array(product.weight), None
+    if product.largest is not None and dtype == ir.DataType.FLOAT16:
+        # powers of two, so that no sum exceeds 2^15 and small weights keep their digits
+        sums = np.maximum(product.largest * np.abs(weight.astype(np.float64)).sum(0), 2.0**-100)
+        unit = np.exp2(np.ceil(np.log2(sums)) - 15).astype(np.float32)
+        weight = weight / unit
+    with np.errstate(over="ignore"):
+        rounded = weight.astype(dtype.numpy())
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise Unrepresentable(product, array(product.weight), SUFFIX[dtype], LARGEST[dtype])
+    return HalfWeight(rounded, unit)
 
 
 class _Half:
@@ -62,34 +114,23 @@ class _Half:
 
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self._graph, self._edit, self._dtype = graph, Editor(graph), dtype
-        self._suffix = "fp16" if dtype == ir.DataType.FLOAT16 else "bf16"
+        self._suffix = SUFFIX[dtype]
         self._made: dict[ir.Value, ir.Value] = {}
 
-    def multiply(self, product: Product) -> None:
-        """A product in the half type; what it gives is cast to float32."""
+    def multiply(self, product: Product, weight: HalfWeight) -> None:
+        """Compute a product in the half type, and cast its output to float32."""
         node, edit = product.node, self._edit
         edit.here = node
-        weight, unit = array(product.weight), None
-        if product.largest is not None and self._dtype == ir.DataType.FLOAT16:
-            # powers of two, so that no sum exceeds 2^15 and small weights keep their digits
-            sums = np.maximum(product.largest * np.abs(weight.astype(np.float64)).sum(0), 2.0**-100)
-            unit = np.exp2(np.ceil(np.log2(sums)) - 15).astype(np.float32)
-            weight = weight / unit
         name = f"{product.weight.name}_{self._suffix}"
-        with np.errstate(over="ignore"):
-            rounded = weight.astype(self._dtype.numpy())
-        if not np.isfinite(rounded.astype(np.float32)).all():
-            most = LARGEST[self._dtype]
-            raise Unrepresentable(product, array(product.weight), self._suffix, most)
-        factors = [self._of(product.x), edit.initializer(name, rounded)]
+        factors = [self._of(product.x), edit.initializer(name, weight.rounded)]
         out = self._wide(edit.add("MatMul", factors, self._like(node.outputs[0])))
-        if unit is not None:
+        if weight.unit is not None:
             scaled = ir.val(f"{name}_scaled", ir.DataType.FLOAT, out.shape)
-            out = edit.add("Mul", [out, edit.initializer(f"{name}_unit", unit)], scaled)
+            out = edit.add("Mul", [out, edit.initializer(f"{name}_unit", weight.unit)], scaled)
         edit.replace(node, out)
 
     def attend(self, node: ir.Node) -> None:
-        """An operator of Pure InfSA in the half type; what it gives is float32."""
+        """Compute an operator of Pure InfSA in the half type, and cast its output to float32."""
         edit = self._edit
         edit.here = node
         for i, value in enumerate(node.inputs[: KERNEL[node.op_type]]):
@@ -101,7 +142,7 @@ class _Half:
             edit.replace(node, self._wide(out))
 
     def take_rows(self) -> None:
-        """Inputs of the graph that are queries, keys or values, in the half type."""
+        """Take queries, keys and values, where they are inputs of the graph, in the half type."""
         self._edit.here = next(iter(self._graph), None)
         for value in self._graph.inputs:
             if value.name in ROWS:
@@ -112,7 +153,7 @@ class _Half:
                     reader.replace_input_with(index, wide)
 
     def give_rows(self) -> None:
-        """Outputs of the graph that are queries, keys or values, in the half type."""
+        """Give queries, keys and values, where they are outputs of the graph, in the half type."""
         self._edit.here = None
         for index, value in enumerate(self._graph.outputs):
             name = value.name
@@ -123,7 +164,7 @@ class _Half:
                 self._graph.outputs[index] = half
 
     def _of(self, x: ir.Value) -> ir.Value:
-        """x in the half type, cast before operators that change no more than its shape."""
+        """Return x in the half type, cast before operators that change no more than its shape."""
         if x not in self._made:
             node = x.producer()
             if node is not None and node.op_type == "Cast" and first_input(node).dtype == self._dtype:
@@ -139,6 +180,6 @@ class _Half:
         return ir.val(f"{x.name}_{self._suffix}", self._dtype, x.shape)
 
     def _wide(self, x: ir.Value) -> ir.Value:
-        """x, of the half type, in float32."""
+        """Return x, which has the half type, in float32."""
         wide = ir.val(f"{x.name}_float", ir.DataType.FLOAT, x.shape)
         return self._edit.add("Cast", [x], wide, {"to": ir.DataType.FLOAT})

@@ -18,48 +18,62 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from infexport.conversion.passes.base import Pass
 from infexport.conversion.passes.graph_editor import Editor
 from infexport.conversion.passes.token_matmuls import Product, array, find_products, weight_key
 
 
 @dataclass(frozen=True)
 class ActivationStats:
-    """What a product has met: the range of all values, and the mean of all tokens `[K]`, float64."""
+    """Statistics of a product's activations: the range of all values, and the mean of all tokens `[K]`, float64."""
 
     low: float
     high: float
     mean: NDArray[np.float64]
 
 
-def to_int8(graph: ir.Graph, met: Mapping[str, ActivationStats] | None = None, signed: bool = False) -> None:
-    """Products that meet every token in int8, but for the patch embedding; in place.
+class Quantize(Pass):
+    """Compute the products that meet every token in int8, but for the patch embedding.
+
+    Requires shapes of all values; statistics of every product where there are any, and these for signed activations.
+    Ensures that no product of a float32 weight meets every token, but for the patch embedding.
 
     Args:
-        graph: float32.
-        met: by `weight_key`; fixes the range of every activation, and what rounding the weights does to the average
-            token goes into the bias. None finds ranges at run time, over all images and tokens of a call.
+        stats: by `weight_key`. They fix the range of every activation, and the effect of rounding the weights on the
+            average token goes into the bias. None finds ranges at run time, over all images and tokens of a call.
         signed: activations in int8, symmetric.
-
-    Raises:
-        ValueError: a value without a shape, a product that `met` does not know, or `signed` without `met`.
     """
-    if signed and met is None:
-        raise ValueError("signed activations need ranges that are fixed, and there are none")
-    rewrite = _Int8(graph)
-    for product in find_products(graph):
-        if product.largest is not None:
-            continue
-        if met is None:
-            rewrite.dynamic(product)
-            continue
-        inputs = met.get(weight_key(product))
-        if inputs is None:
-            raise ValueError(f"{product.weight.name} was not calibrated: the calibration is of another model")
-        rewrite.fixed(product, inputs, signed)
+
+    def __init__(self, stats: Mapping[str, ActivationStats] | None = None, signed: bool = False) -> None:
+        self._stats, self._signed = stats, signed
+
+    def requires(self, model: ir.Model) -> None:
+        if self._signed and self._stats is None:
+            raise ValueError("signed activations need ranges that are fixed, and there are none")
+        for product in _lowered(model.graph):
+            if self._stats is not None and weight_key(product) not in self._stats:
+                raise ValueError(f"{product.weight.name} was not calibrated: the calibration is of another model")
+
+    def apply(self, model: ir.Model) -> None:
+        rewrite = _Int8(model.graph)
+        for product in _lowered(model.graph):
+            if self._stats is None:
+                rewrite.dynamic(product)
+            else:
+                rewrite.fixed(product, self._stats[weight_key(product)], self._signed)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = _lowered(model.graph)
+        assert not left, f"{left[0].node.name} is in float32"
+
+
+def _lowered(graph: ir.Graph) -> list[Product]:
+    """Return the products that meet every token, but for the patch embedding."""
+    return [product for product in find_products(graph) if product.largest is None]
 
 
 def quantization(low: float, high: float, signed: bool = False) -> tuple[np.float32, np.uint8 | np.int8]:
-    """Scale and zero point of values from `low` to `high`, and 0 always, in 255 steps; signed in 254 around 0."""
+    """Return scale and zero point of values from `low` to `high`, and 0 always: 255 steps, or signed, 254 around 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     step = max(-low, high) / 127 if signed else (high - low) / 255
     scale = np.float32(step) or np.float32(1)
@@ -83,7 +97,7 @@ class _Int8:
         self._fixed: dict[tuple[ir.Value, float, int], ir.Value] = {}
 
     def dynamic(self, product: Product) -> None:
-        """In the form that ONNX Runtime fuses to one integer product, its range found at run time."""
+        """Rewrite a product so that ONNX Runtime fuses it to one integer product, its range found at run time."""
         edit, out = self._edit, product.node.outputs[0]
         edit.here = product.node
         weight, weight_scale = self._weight(product, *quantized_weight(array(product.weight)))
@@ -94,7 +108,7 @@ class _Int8:
         edit.replace(product.node, edit.add("Mul", [exact, unit], _float(f"{out.name}_product", out.shape)))
 
     def fixed(self, product: Product, inputs: ActivationStats, signed: bool) -> None:
-        """As quantize–dequantize pairs, which ONNX Runtime and TensorRT fuse to one integer product."""
+        """Rewrite a product as quantize–dequantize pairs, which runtimes fuse to one integer product."""
         edit, out = self._edit, product.node.outputs[0]
         edit.here = product.node
         exact = array(product.weight)
@@ -120,7 +134,7 @@ class _Int8:
         return self._edit.initializer(name, weight), self._edit.initializer(f"{name}_scale", scale)
 
     def _quantized(self, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """x in uint8, its scale and its zero point, found at run time."""
+        """Return x in uint8, its scale and its zero point, found at run time."""
         if x not in self._dynamic:
             zero, scale = ir.val(f"{x.name}_zero", ir.DataType.UINT8, []), _float(f"{x.name}_scale", [])
             q = ir.val(f"{x.name}_uint8", ir.DataType.UINT8, x.shape)
@@ -129,7 +143,7 @@ class _Int8:
         return self._dynamic[x]
 
     def _rounded(self, x: ir.Value, scale: np.float32, zero: np.uint8 | np.int8) -> ir.Value:
-        """x by way of 8 bits."""
+        """Return x, rounded to 8 bits."""
         key = (x, float(scale), int(zero))
         if key not in self._fixed:
             # several ranges of one tensor are those of several weights, of which one is another layer's as well

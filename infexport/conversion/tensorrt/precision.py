@@ -29,7 +29,7 @@ class Lowering:
         self._bundle = open_bundle(Path(bundle))
         self._precision, self._scratch = precision, Path(scratch)
         self._images = [Path(image) for image in images]
-        self._met: dict[str, ActivationStats] | None = None
+        self._stats: dict[str, ActivationStats] | None = None
 
     def calibrate(self, listener: ProgressListener) -> None:
         """Run the images; `listener` is told of every one.
@@ -44,7 +44,7 @@ class Lowering:
         manifest = self._bundle.manifest
         patch = manifest.config.patch_size
         images = batches(self._images, patch, manifest.preprocessing, manifest.input, listener)
-        self._met = calibrate(self._bundle.model, images)
+        self._stats = calibrate(self._bundle.model, images)
 
     def graph(self, graph: Path) -> Path:
         """The file of a graph of the bundle in the precision."""
@@ -55,7 +55,7 @@ class Lowering:
         from infexport.conversion.passes import lower
 
         model = ir.load(graph)
-        lower(model, self._precision, self._met, tensorrt=True)
+        lower(model, self._precision, self._stats, tensorrt=True)
         lowered = self._scratch / "lowered.onnx"
         ir.save(model, lowered, external_data="lowered.data")
         return lowered
