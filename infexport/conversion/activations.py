@@ -1,4 +1,4 @@
-"""What happens inside a whole graph, by name: what every layer takes, and what its operators give.
+"""Named activations of a whole graph: the tokens that every layer takes, and the outputs of its operators.
 
 `layers.2.tokens` `[B, N, E]` is what the third layer takes. What its operators give has the names in OUTPUTS, such as
 `layers.2.energy.mass` `[B, H]`; its scores, `[B, H, N]`, are `layers.2.scores`. These are names of values inside the
@@ -31,12 +31,12 @@ OUTPUTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
 
 
 def tokens_names(depth: int) -> list[str]:
-    """Of what every layer takes."""
+    """Return the names of the tokens that each layer takes."""
     return [f"layers.{layer}.tokens" for layer in range(depth)]
 
 
 def activation_names(graph: ir.Graph) -> list[str]:
-    """Of all named activations, in order; what is in a half type and nowhere in float32 has a suffix."""
+    """Return the names of all activations, in order. One that exists only in a half type has a suffix."""
     names = [str(out.name) for node in graph for out in node.outputs]
     known = {name for ends in OUTPUTS.values() for outputs in ends for name in outputs} | {"scores", "tokens"}
     found = [name for name in names if re.match(r"layers\.\d+\.", name) and plain_name(name).split(".", 2)[2] in known]
@@ -44,12 +44,12 @@ def activation_names(graph: ir.Graph) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """Of an activation, without the suffix that `infexport.conversion.passes` gives what is in a half type."""
+    """Return the name of an activation without the suffix that passes give to half types."""
     return name.removesuffix("_fp16").removesuffix("_bf16")
 
 
 def name_operators(graph: ir.Graph, variant: str) -> None:
-    """Give what the operators of every layer give its name, in place; what layers take has its own."""
+    """Name the outputs of every layer's operators, in place; the tokens that layers take have names already."""
     seen: Counter[tuple[int, str]] = Counter()
     for layer, node in _operators(graph):
         names = OUTPUTS[variant, node.op_type][seen[layer, node.op_type]]
@@ -93,7 +93,7 @@ class _Centrality:
         self._epsilon = self._edit.initializer("centrality_epsilon", np.array([infsa_ops.EPSILON], np.float32))
 
     def scores(self, layer: int, node: ir.Node) -> ir.Value:
-        """Of a layer of Linear-InfSA, `[B, H, N]`, whose state update is `node`."""
+        """Return the scores of a layer of Linear-InfSA, `[B, H, N]`, whose state update is `node`."""
         scores, mass = first_input(node), node.outputs[0]
         batch, heads, _ = _shape(scores)
         mass = self._add("Add", [mass, self._epsilon], f"layers.{layer}.divisor", [batch, heads])
@@ -101,7 +101,7 @@ class _Centrality:
         return self._add("Div", [scores, mass], f"layers.{layer}.centrality", _shape(scores))
 
     def columns(self, layer: int, node: ir.Node, rho: Tensor) -> ir.Value:
-        """Of a layer of Pure InfSA, `[B, H, N]`, whose queries and keys `node` takes."""
+        """Return the column sums of a layer of Pure InfSA, `[B, H, N]`, whose queries and keys `node` takes."""
         q, k = first_input(node), node.inputs[1]
         name, edit, shape = f"layers.{layer}.centrality", self._edit, _shape(q)[:3]
         sizes = edit.add("Shape", [q], ir.val(f"{name}_sizes", ir.DataType.INT64, [3]), {"end": 3})
@@ -123,7 +123,7 @@ class _Centrality:
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy of a graph with these outputs and nothing that only others need; weights are shared.
+    """Return a copy of a graph with these outputs and no node that only others need; weights are shared.
 
     Raises:
         KeyError: no value has one of the names.
@@ -139,7 +139,7 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
 
 
 def _operators(graph: ir.Graph) -> Iterator[tuple[int, ir.Node]]:
-    """The operators of domain `infsa`, in order, and the layer of each."""
+    """Return the operators of domain `infsa`, in order, and the layer of each."""
     layer = -1
     for node in graph:
         layer += any(str(out.name) == f"layers.{layer + 1}.tokens" for out in node.outputs)

@@ -1,4 +1,4 @@
-"""What the products of a model meet: ranges and average tokens, by running its float32 graph on images."""
+"""Statistics of activations, by running the float32 graph on images: ranges, and the average token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batches(
     takes: str,
     listener: ProgressListener,
 ) -> Iterator[NDArray[Any]]:
-    """Images by the evaluation transform, as a graph that takes `uint8` or `float32` has them, one at a time.
+    """Yield images by the evaluation transform, one at a time, as a graph of `uint8` or `float32` takes them.
 
     Raises:
         InfexportError: one that cannot be read.
@@ -46,7 +46,7 @@ def batches(
 
 
 def calibrate(graph: Path, images: Iterable[NDArray[Any]]) -> dict[str, ActivationStats]:
-    """Run a whole graph on images and observe what its products, but for the patch embedding, are given.
+    """Run a whole graph on images; measure the inputs of its products, but for the patch embedding.
 
     Args:
         graph: a saved float32 model, beside its weights.

@@ -96,7 +96,7 @@ class ConvertOptions:
 
 
 def read_checkpoint(path: Path, options: ConvertOptions) -> Checkpoint:
-    """The checkpoint as `infvit` reads it, its errors as ours.
+    """Read a checkpoint by `infvit`, and raise its errors as ours.
 
     Raises:
         InfexportError: a checkpoint that cannot be read, or that does not say enough.
@@ -229,7 +229,7 @@ def _fix_series(
 
 
 def _lower(graph: ir.Model, precision: str, stats: dict[str, ActivationStats] | None, model: ImageModel) -> None:
-    """Lower a graph, and refuse weights that are not finite then, by the network's own name of them."""
+    """Lower a graph; refuse weights that are not finite then, by the network's own names."""
     try:
         lower(graph, precision, stats)
     except Unrepresentable as error:
@@ -249,7 +249,7 @@ def _lower(graph: ir.Model, precision: str, stats: dict[str, ActivationStats] | 
 
 
 def _parameter_name(weight: NDArray[Any], model: ImageModel) -> str:
-    """The parameter whose numbers, in whatever order, a weight of a graph has."""
+    """Return the parameter that has the numbers of a graph's weight, in whatever order."""
     numbers = np.sort(weight, axis=None)
     for name, parameter in model.named_parameters():
         if parameter.numel() == weight.size and np.array_equal(np.sort(parameter.detach().numpy(), axis=None), numbers):
@@ -258,7 +258,7 @@ def _parameter_name(weight: NDArray[Any], model: ImageModel) -> str:
 
 
 def _fix_terms(network: InfViT, options: ConvertOptions) -> NeumannSeries | None:
-    """Decide T from the options, set it on the network, and say what it leaves out."""
+    """Decide T from the options, set it on the network, and return it with bounds on the rest."""
     if network.config.variant != "pure_infsa":
         if options.neumann_tol is not None:
             raise InfexportError(
@@ -307,7 +307,7 @@ def _preprocessing(checkpoint: Checkpoint) -> tuple[Preprocessing, dict[str, Any
 
 
 def _read_labels(file: Path) -> list[Any] | dict[str, Any]:
-    """One label a line, or a JSON list or object in a form that `infvit.checkpoint` reads."""
+    """Read one label a line, or a JSON list or object in a form that `infvit.checkpoint` reads."""
     try:
         text = read_small(file).decode("utf-8-sig")  # with or without a byte order mark
         if not text.lstrip().startswith(("[", "{")):

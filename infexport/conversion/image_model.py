@@ -1,4 +1,4 @@
-"""What is exported: pixels as people have them in, logits and features out."""
+"""The exported module: pixels in, logits and features out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from infvit.rewrite import is_untouched
 
 
 class Normalise(nn.Module):
-    """Pixels as the bundle takes them to what the network's patch embedding takes.
+    """Normalisation of pixels, as the bundle takes them, to the input of the patch embedding.
 
     Args:
         mean, std: of the pixels in [0, 1], per RGB channel.
@@ -79,7 +79,7 @@ class ImageModel(nn.Module):
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """In here `forward` gives what every layer takes, too, `[B, N, E]` each, after logits and features."""
+        """Have `forward` also return the tokens that every layer takes, `[B, N, E]` each, within the block."""
 
         def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._taken.append(inputs[0])
@@ -97,7 +97,7 @@ class ImageModel(nn.Module):
         return "image" if self.takes == "uint8" else "pixels"
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Logits `[B, num_classes]` and features `[B, E]`."""
+        """Return logits `[B, num_classes]` and features `[B, E]`."""
         self._taken.clear()
         features = self.network.forward_features(self.normalise(image))
         return self.network.head(features), features, *self._taken

@@ -1,4 +1,4 @@
-"""What T terms of the Neumann series leave out, measured."""
+"""Error of the Neumann series after T terms, measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from infvit.network import Attention, InfViT
 
 
 def measure_truncation(network: InfViT) -> dict[str, Any]:
-    """Both bounds on the rest of the series after T terms, the largest over layers and heads.
+    """Return both bounds on the rest of the series after T terms, the largest over layers and heads.
 
     Returns:
         `a_priori_bound`: ρ^(T+1)/(1−ρ), relative to ‖V‖_F, for any image. `a_posteriori_bound`:

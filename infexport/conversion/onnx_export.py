@@ -79,7 +79,7 @@ def attach_bodies(model: ir.Model) -> ir.Model:
 
 
 def _clear_metadata(model: ir.Model) -> None:
-    """Remove the exporter's notes to itself, in place: they hold paths of this machine, and sets in any order."""
+    """Remove the exporter's notes, in place: they hold paths of this machine, and sets in any order."""
     import onnx_ir as ir
 
     owners: list[Any] = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
@@ -93,7 +93,7 @@ def _clear_metadata(model: ir.Model) -> None:
 
 @contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The module in eval mode, and as it was afterwards."""
+    """Put a module into eval mode within the block, and back afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield module.eval()
@@ -104,7 +104,7 @@ def _evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Have the exporter and its optimisers say nothing but errors: what they could not fold is no user's business."""
+    """Silence the exporter and its optimisers, but for errors: users cannot act on their warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -124,7 +124,7 @@ def export_program(
     output_names: Sequence[str] | None = None,
     optimize: bool = True,
 ) -> torch.onnx.ONNXProgram:
-    """What `torch.onnx.export` makes of a module in eval mode, its operators nodes without bodies.
+    """Export a module in eval mode by `torch.onnx.export`; its operators are nodes without bodies.
 
     Without `optimize`, initializers are the module's own parameters and buffers, by their names.
     """
@@ -158,7 +158,7 @@ def export_model(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> ir.Model:
-    """What `export` returns, as an `onnx_ir.Model` whose weights stay torch's (no copy, no 2 GB limit)."""
+    """Export as `export` does, to an `onnx_ir.Model` whose weights stay torch's: no copy, no limit of 2 GB."""
     return attach_bodies(export_program(module, args, dynamic_shapes, input_names, output_names).model)
 
 

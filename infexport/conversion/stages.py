@@ -21,7 +21,7 @@ from infvit.stages import Score, StageModule, make_stages
 
 
 class IndependentStages(nn.Module):
-    """Sweeps that have nothing to do with each other, in one module: half of what an export takes is its beginning."""
+    """Independent stages in one module: half of an export's time is start-up."""
 
     def __init__(self, parts: Sequence[StageModule]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class IndependentStages(nn.Module):
 
 
 def export_stages(model: ImageModel) -> Iterator[tuple[Stage, ir.Model | None]]:
-    """The graphs of all make_stages, one at a time.
+    """Export the graphs of all stages, one at a time.
 
     Layers have equal graphs with other weights, so each kind is exported once.
 
@@ -74,19 +74,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _kind(sweep: StageModule) -> tuple[Any, ...]:
-    """Equal for stages that differ in their weights alone."""
+    """Return a key that is equal for stages that differ only in their weights."""
     shapes = ((name, tensor.shape, tensor.dtype) for name, tensor in _tensors(sweep).items())
     return (type(sweep), sweep.inputs, sweep.outputs, *shapes)
 
 
 def _names(sweep: StageModule, prefix: str = "") -> tuple[list[str], list[str]]:
-    """Of a graph's inputs and outputs; ONNX has one name for one value, so what goes in again comes `_out`."""
+    """Return the names of a graph's inputs and outputs; an output that is also an input ends in `_out`."""
     outputs = [f"{name}_out" if name in sweep.inputs else name for name in sweep.outputs]
     return [prefix + name for name in sweep.inputs], [prefix + name for name in outputs]
 
 
 def _export(parts: Sequence[StageModule], model: ImageModel) -> torch.onnx.ONNXProgram:
-    """The graph of all parts, not yet optimised: initializers have the names of the module's tensors."""
+    """Export all parts as one graph, not yet optimised; initializers have the names of the module's tensors."""
     inputs, outputs, examples, axes = [], [], [], []
     for index, part in enumerate(parts):
         taken, given = _names(part, f"{index}/")
@@ -99,7 +99,7 @@ def _export(parts: Sequence[StageModule], model: ImageModel) -> torch.onnx.ONNXP
 
 
 def _examples(sweep: StageModule, index: int, model: ImageModel) -> list[tuple[Tensor, dict[int, Any]]]:
-    """Every input of a sweep, and which of its axes are dynamic: `index` makes these its own."""
+    """Return an example of every input of a stage, and its dynamic axes, which `index` makes its own."""
     config = model.network.config
     patch, heads, width = config.patch_size, config.num_heads, config.embed_dim
     chunk, keys = Dim(f"tokens_{index}"), Dim(f"keys_{index}")
@@ -128,7 +128,7 @@ def _examples(sweep: StageModule, index: int, model: ImageModel) -> list[tuple[T
 
 
 def _part(together: ir.Model, index: int, sweep: StageModule, tensors: dict[str, Tensor]) -> ir.Model:
-    """The graph of one part, with the weights of a sweep of its kind."""
+    """Return the graph of one part, with the weights of a stage of its kind."""
     inputs, outputs = _names(sweep, f"{index}/")
     graph = ir.convenience.extract(together.graph, inputs, outputs)
     taken = dict(graph.initializers)  # a set has given them their order

@@ -25,7 +25,7 @@ class Editor:
         domain: str = "",
         more: Sequence[ir.Value] = (),
     ) -> ir.Value:
-        """A node; its first output is returned, `more` are those after it."""
+        """Add a node and return its first output; `more` are the outputs after it."""
         node = ir.node(op_type, inputs, attributes, domain=domain, outputs=[output, *more])
         if self.here is None:
             self._graph.append(node)
@@ -34,14 +34,14 @@ class Editor:
         return output
 
     def initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """An initializer, of `array` where there is none of that name yet."""
+        """Return the initializer of this name; make it of `array` where there is none."""
         if name not in self._graph.initializers:
             tensor = ir.tensor(array, name=name)
             self._graph.register_initializer(ir.val(name, const_value=tensor))
         return self._graph.initializers[name]
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
-        """Remove a node whose only output `value` is from now on, under its name."""
+        """Remove a node and put `value` in the place of its only output, under its name."""
         (old,) = node.outputs
         value.name = old.name
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)

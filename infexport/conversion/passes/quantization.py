@@ -81,7 +81,7 @@ def quantization(low: float, high: float, signed: bool = False) -> tuple[np.floa
 
 
 def quantized_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A weight `[K, N]` in units of a scale for every column `[N]`, and these."""
+    """Return a weight `[K, N]` in int8, and the scale of every column `[N]`."""
     scale = np.abs(weight).max(0) / np.float32(127)
     scale[scale == 0] = 1
     # a scale that has few digits itself, below 1e-38, may be too small by half
@@ -162,7 +162,7 @@ def _float(name: str, shape: Any) -> ir.Value:
 
 
 def _bias(product: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Node, int, ir.Value] | None:
-    """The node that adds a bias `[N]` to a product that nothing else reads, which input that is, and the bias."""
+    """Find the bias `[N]` that is added to a product: the node, the index of its input, and the bias."""
     readers = list(product.uses())
     if len(readers) != 1 or product.is_graph_output() or readers[0].node.op_type != "Add":
         return None

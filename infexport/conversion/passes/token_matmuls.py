@@ -1,4 +1,4 @@
-"""Which matrix products meet every token."""
+"""Matrix products that meet every token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Product:
 
 
 def find_products(graph: ir.Graph) -> list[Product]:
-    """All of them, in the graph's order.
+    """Return the products that meet every token, in the graph's order.
 
     Raises:
         ValueError: the graph does not say what shape a value has.
@@ -60,7 +60,7 @@ def find_products(graph: ir.Graph) -> list[Product]:
 
 
 def weight_key(product: Product) -> str:
-    """What tells the product's weight from others, in whatever graph it is: a digest of its numbers."""
+    """Return a digest of the weight's numbers, which names it in every graph of a model."""
     return hashlib.sha256(array(product.weight).data).hexdigest()
 
 
@@ -81,24 +81,24 @@ class Unrepresentable(InfexportError):
 
 
 def largest(weight: NDArray[Any]) -> float:
-    """The number of the largest magnitude, with its sign."""
+    """Return the number of the largest magnitude, with its sign."""
     return float(weight.flat[np.abs(weight).argmax()])
 
 
 def array(initializer: ir.Value) -> NDArray[Any]:
-    """An initializer's numbers, contiguous."""
+    """Return an initializer's numbers, contiguous."""
     assert initializer.const_value is not None, f"{initializer.name} has no value"
     return np.ascontiguousarray(initializer.const_value.numpy())
 
 
 def _largest(x: ir.Value) -> float | None:
-    """The largest magnitude of uint8 pixels, less a constant, in any shape; None of anything else."""
+    """Return the largest magnitude of uint8 pixels less a constant, in any shape; None for other values."""
     bounds = _bounds(x)
     return None if bounds is None else max(map(abs, bounds))
 
 
 def _bounds(x: ir.Value) -> tuple[float, float] | None:
-    """The smallest and the largest number that `_largest`'s x may have."""
+    """Return the smallest and the largest number that `_largest`'s x may have."""
     if x.dtype == ir.DataType.UINT8:
         return 0.0, 255.0
     node = x.producer()

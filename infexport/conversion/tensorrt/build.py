@@ -38,7 +38,7 @@ WORKER = worker_command("infexport.conversion.tensorrt.build_worker")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to build.
+    """Plan of a build: the GPU, the library, the precision and the shapes.
 
     Attributes:
         target: the GPU.
@@ -66,7 +66,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Part:
-    """One engine to be: of which graph, for which shapes, under which name."""
+    """Engine to be built: its graph, its shapes and its name."""
 
     graph: str
     shapes: Shapes
@@ -74,7 +74,7 @@ class _Part:
 
 
 def build_engines(bundle: Bundle, plan: Plan, listener: ProgressListener) -> list[tuple[Path, EngineRecord]]:
-    """Build into the bundle's folder of engines; nothing of them appears unless all can be built.
+    """Build engines into the bundle's folder; none appears unless all can be built.
 
     Returns:
         Every engine's file and its record, which is written beside it as `<file>.json`.
@@ -113,7 +113,7 @@ def build_engines(bundle: Bundle, plan: Plan, listener: ProgressListener) -> lis
 
 
 def _keep(old: Path, new: Path) -> None:
-    """Have the new folder hold what the old one has and it has not itself: it takes its place, all at once."""
+    """Link the files of the old folder that the new one lacks, so that the new one can replace it at once."""
 
     def link(source: str, target: str) -> None:
         if not os.path.lexists(target):
@@ -162,7 +162,7 @@ def _parts(bundle: Bundle, plan: Plan) -> list[_Part]:
 
 
 def _files(bundle: Bundle, graph: str) -> list[str]:
-    """The files an engine is built from: the graph, and the weights that all graphs share."""
+    """Return the files that an engine is built from: its graph, and the weights that all graphs share."""
     return [graph] + [name for name in (f"{MODEL}.data",) if name in bundle.manifest.files]
 
 
@@ -200,7 +200,7 @@ def _record(
 def _build(
     bundle: Bundle, plan: Plan, parts: list[_Part], scratch: Path, listener: ProgressListener
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Have the worker build: the library's version, and what it says of every engine."""
+    """Build in a subprocess; return the library version and details of each engine."""
     built: list[dict[str, Any]] = []
     handlers: dict[str, Callable[[Any], None]] = {
         "status": lambda message: listener.on_event(Status(message)),

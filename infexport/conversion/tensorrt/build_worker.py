@@ -127,7 +127,7 @@ class Builder:
 
 
 def count_layers(network: Any) -> dict[str, dict[str, int]]:
-    """Number of layers by kind and type of their first output, as the library names both."""
+    """Count layers by kind and type of their first output, as the library names both."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -174,7 +174,7 @@ def _monitor(trt: ModuleType, tell: Tell) -> Any:
 
 
 class _Calibrating(ProgressListener):
-    """Tells of calibration images as of a phase of the build."""
+    """Reports calibration images as a phase of the build."""
 
     def __init__(self, total: int, tell: Tell) -> None:
         self._done, self._total, self._tell = 0, total, tell

@@ -32,7 +32,7 @@ class Lowering:
         self._stats: dict[str, ActivationStats] | None = None
 
     def calibrate(self, listener: ProgressListener) -> None:
-        """Run the images; `listener` is told of every one.
+        """Run the images; `listener` receives an event for each.
 
         Raises:
             InfexportError: an image that cannot be read.
@@ -47,7 +47,7 @@ class Lowering:
         self._stats = calibrate(self._bundle.model, images)
 
     def graph(self, graph: Path) -> Path:
-        """The file of a graph of the bundle in the precision."""
+        """Return the file of a graph of the bundle in this precision."""
         if self._precision in ("fp32", "tf32"):
             return graph
         import onnx_ir as ir

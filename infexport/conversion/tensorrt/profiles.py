@@ -31,13 +31,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Profile:
-    """The images an engine takes: min, opt and max of sizes `(height, width)` in pixels and of batches."""
+    """Images that an engine takes: min, opt and max of sizes `(height, width)` in pixels and of batches."""
 
     sizes: tuple[Side, Side, Side]
     batches: tuple[int, int, int]
 
     def shapes(self, takes: str) -> Shapes:
-        """Of the whole graph's input, which takes `uint8` or `float32`."""
+        """Return the shapes of the whole graph's input, which takes `uint8` or `float32`."""
         pairs = zip(self.batches, self.sizes, strict=True)
         if takes == "uint8":
             return {"image": ShapeRange(*([batch, *size, 3] for batch, size in pairs))}
@@ -45,7 +45,7 @@ class Profile:
 
 
 def make_profile(manifest: Manifest, sizes: list[Side] | None, batches: list[int] | None) -> Profile:
-    """The profile that was asked for.
+    """Make a profile of sizes and batches, or of their defaults.
 
     Args:
         manifest: of the bundle.
@@ -91,7 +91,7 @@ def _three(values: Sequence[T], option: str) -> tuple[T, T, T]:
 
 
 def _listed(sizes: Sequence[Side]) -> str:
-    """Sizes as `--sizes` takes them."""
+    """Return sizes in the form that `--sizes` takes."""
     return ",".join(f"{height}x{width}" for height, width in sizes)
 
 
@@ -107,7 +107,7 @@ class Tensor:
 
 
 def large_tensors(manifest: Manifest) -> list[Tensor]:
-    """The large tensors of the whole graph."""
+    """Return the large tensors of the whole graph."""
     config = manifest.config
     width, hidden, patch = config.embed_dim, config.mlp_dim, config.patch_size
     return [
@@ -197,7 +197,7 @@ NO_ROOM = "no GPU that is known here has the room"
 
 
 def peak(manifest: Manifest, weights: int, batch: int, tokens: int) -> int:
-    """Bytes on the GPU at the worst moment, about: around the GELU, or with a tile of affinities, in float32."""
+    """Return the peak memory on the GPU in bytes, about: around the GELU, or with a tile of affinities, in float32."""
     config = manifest.config
     widest = 2 * config.mlp_dim
     if config.variant == "pure_infsa":  # a tile of queries of all heads: float32, its squares, and half precision
@@ -256,7 +256,7 @@ def _stages_peak(manifest: Manifest, chunk: int, weights: int) -> int:
 
 
 def stage_shapes(manifest: Manifest, stage: Stage, chunk: int) -> Shapes:
-    """Of the inputs of a stage that differ from chunk to chunk; the others are always the same.
+    """Return the shapes of a stage's inputs that differ from chunk to chunk; the others are always the same.
 
     Args:
         manifest: of the bundle.
