@@ -75,7 +75,7 @@ def benchmark(
     report = benchmark(
         opened, chosen, batch_size, repeats, provider, engine, threads, max_seconds, ConsoleProgress(out)
     )
-    for line in remarks(opened.manifest.precision, report.machine["provider"]):
+    for line in remarks(opened.manifest.precision, report.machine.provider):
         out.warning(line)
     _show(out, report)
     out.document(report.to_dict())
@@ -112,11 +112,11 @@ def _facts(report: BenchmarkResult) -> list[str]:
         )
         for kind, rate in report.rates.items()
     )
-    limit = rates or f"none: {absence(report.precision, machine['provider'])}"
-    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    limit = rates or f"none: {absence(report.precision, machine.provider)}"
+    gpu = f", {machine.gpu}" if machine.gpu else ""
     return [
-        f"machine     {machine['cpu']}, {machine['cores']} cores{gpu}",
-        f"runtime     {machine['runtime']}, {machine['provider']}, threads {machine['threads'] or 'chosen by it'}",
+        f"machine     {machine.cpu}, {machine.cores} cores{gpu}",
+        f"runtime     {machine.runtime}, {machine.provider}, threads {machine.threads or 'chosen by it'}",
         f"limit       {limit}",
         f"bundle      {report.bundle}, {manifest.config.variant}, {report.precision}"
         f"{', folded' if manifest.folded else ''}, batch {report.rows[0].batch}",

@@ -9,7 +9,7 @@ from typing import Any
 
 from infexport.bundle import Bundle
 from infexport.errors import InfexportError
-from infexport.evaluation.benchmark.result import BenchmarkResult, BenchmarkRow, Measured, OnGpu, speed_limit
+from infexport.evaluation.benchmark.result import BenchmarkResult, BenchmarkRow, Machine, Measured, OnGpu, speed_limit
 from infexport.evaluation.flops import matmul_cost
 from infexport.images.preprocess import check_whole_patches
 from infexport.system.host import cpu_model, usable_cores
@@ -75,8 +75,8 @@ def benchmark(
     request = {"bundle": str(bundle.path), "provider": provider, "engine": engine, "threads": threads}
     listener.on_event(Status("measuring the machine's matrix products"))
     found = ask(WORKER, request)
-    machine = {"cpu": cpu_model(), "cores": usable_cores()} | found["machine"]
-    precision, where = found["precision"], machine["provider"]
+    machine = Machine(cpu=cpu_model(), cores=usable_cores(), **found["machine"])
+    precision, where = found["precision"], machine.provider
     on_gpu = where != "cpu"
     repeats = repeats or (REPEATS_ON_GPU if on_gpu else REPEATS)
     request |= {"repeats": repeats, "on_gpu": on_gpu}

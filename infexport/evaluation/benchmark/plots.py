@@ -60,7 +60,7 @@ def _scaling(report: BenchmarkResult) -> Figure:
     for axes in (time, memory):
         _dress(axes, rows)
     manifest, machine = report.manifest, report.machine
-    place = machine.get("gpu") or f"{machine['cores']} cores ({machine['cpu']})"
+    place = machine.gpu or f"{machine.cores} cores ({machine.cpu})"
     figure.suptitle(
         f"{manifest.config.variant}, {report.precision}{', folded' if manifest.folded else ''}, "
         f"batch {rows[0].batch}, on {place}",
@@ -80,7 +80,7 @@ def _draw_time(
         fmt="o-", color=BLUE, markersize=5, capsize=3, label="measured: median, minimum to maximum",
     )  # fmt: skip
     # one rate for the whole line: that of the run
-    provider = report.machine["provider"]
+    provider = report.machine.provider
     limits = [
         (row, limit)
         for row in rows

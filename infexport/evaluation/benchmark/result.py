@@ -15,6 +15,36 @@ from infexport.evaluation.flops import MatmulCost
 
 
 @dataclass(frozen=True)
+class Machine:
+    """The machine of a measurement.
+
+    Attributes:
+        cpu: name of its processor.
+        cores: that the process may use.
+        threads: of the runtime; None where it chooses.
+        provider: that ran the bundle.
+        runtime: the library and its version.
+        gpu: name of the GPU; None on a CPU, or where NVML does not name it.
+    """
+
+    cpu: str
+    cores: int
+    threads: int | None
+    provider: str
+    runtime: str
+    gpu: str | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Tell whether the bundle ran on a GPU."""
+        return self.provider != "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them; `gpu` only for a GPU."""
+        return {name: value for name, value in asdict(self).items() if name != "gpu" or self.on_gpu}
+
+
+@dataclass(frozen=True)
 class Spread:
     """Of repeated measurements: median, 90th and 99th percentile (interpolated), smallest and largest."""
 
@@ -158,7 +188,7 @@ class BenchmarkResult:
         bundle: the folder.
         manifest: its own.
         precision: in which it ran, which for engines is not the bundle's.
-        machine: `cpu`, `cores`, `threads`, `provider` and `runtime`; on a GPU `gpu`, its name or None, too.
+        machine: where it was measured.
         probe: seconds of the matrix products that were run first, by kind.
         rows: in the order of the sizes.
     """
@@ -166,7 +196,7 @@ class BenchmarkResult:
     bundle: Path
     manifest: Manifest
     precision: str
-    machine: dict[str, Any]
+    machine: Machine
     probe: dict[str, list[float]]
     rows: tuple[BenchmarkRow, ...]
 
@@ -191,7 +221,7 @@ class BenchmarkResult:
             "variant": self.manifest.config.variant,
             "precision": self.precision,
             "folded": self.manifest.folded,
-            "machine": self.machine,
+            "machine": self.machine.to_dict(),
             "gemm": {
                 "rows_inner_columns": {kind: list(SHAPES[kind]) for kind in self.gemm},
                 "giga_operations_per_second": {kind: spread.to_dict() for kind, spread in self.rates.items()},
