@@ -161,7 +161,7 @@ def test_a_module_that_cannot_end(monkeypatch, tmp_path):
 
 
 def test_a_process_that_cannot_be_started(monkeypatch):
-    monkeypatch.setattr("infexport.doctor.trials.command_of", lambda module: ["/no/such/python"])
+    monkeypatch.setattr("infexport.doctor.trials.worker_command", lambda module: ["/no/such/python"])
     found = outcomes([("import", "json")])
     assert found["import", "json"].error
 
