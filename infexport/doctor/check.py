@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""Result of a check."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Check:
 
 
 def reinstall(name: str, found: str, error: str, packages: str) -> Check:
-    """What is there and does not work; installed again it may."""
+    """Return a check of a package that is installed and does not work, with the command that reinstalls it."""
     return Check(name, "broken", found, error, f"pip install --force-reinstall {packages}")
 
 
 def told(error: BaseException) -> str:
-    """What an error says."""
+    """Return an error's message."""
     if isinstance(error, InfexportError):
         return ": ".join(filter(None, [error.summary, error.details]))
     return f"{getattr(error, 'strerror', None) or error or type(error).__name__}"

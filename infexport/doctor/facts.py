@@ -1,4 +1,4 @@
-"""What checks look at: packages, and what trials found."""
+"""Facts for the checks: installed packages, and the outcomes of trials."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LIBRARIES = ("pyvips-binary", "openslide-bin")
 
 
 class Facts:
-    """What the checks look at: what infexport asks for, and the trials."""
+    """Facts for the checks: the requirements of infexport, and the trials."""
 
     def __init__(self) -> None:
         self.wanted = wanted()
         self.trials = Trials(self.wanted)
 
     def gpus(self) -> Outcome:
-        """As of `targets.gpus`."""
+        """Return the GPUs, see `system.gpus.gpus`."""
         try:
             return Outcome(self.trials.gpus.result(2 * SMI_LIMIT))
         except InfexportError as error:
@@ -34,7 +34,7 @@ class Facts:
         return [one for one in self.wanted if one.extra == extra]
 
     def lacks(self, name: str, extra: str) -> Check | None:
-        """What keeps an extra's packages from being used, None for nothing."""
+        """Return the reason why an extra's packages cannot be used, None where they can."""
         packages = self.of(extra)
         absent = [one for one in packages if installed(one) is None and one.name not in LIBRARIES]
         if absent or not packages:
@@ -56,12 +56,12 @@ class Facts:
         return None
 
     def can(self, name: str, extra: str, what: str) -> Check:
-        """Whether an extra's packages can be used, for what."""
+        """Return a check of an extra's packages, and of the feature that needs them."""
         return self.lacks(name, extra) or Check(name, "yes", f"{what}: {versions(self.of(extra))}")
 
 
 def versions(packages: Iterable[Requirement]) -> str:
-    """Of packages as they are installed, and which are not."""
+    """Return the versions of installed packages, and the names of missing ones."""
     found = []
     for one in packages:
         version = installed(one)

@@ -34,7 +34,7 @@ def python(facts: Facts) -> list[Check]:
 
 
 def interpreter() -> str:
-    """What kind of Python this is; where it lies is nobody's business."""
+    """Return a check of this Python; its path is left out, since reports are public."""
     if sys.prefix != sys.base_prefix:
         kind = "a virtual environment"
     elif Path(sys.prefix, "conda-meta").is_dir():
@@ -87,7 +87,7 @@ def folders(facts: Facts) -> list[Check]:
 
 
 def _folder(name: str, where: Callable[[], Path], remedy: str) -> Check:
-    """Whether a folder, or the one that it would be made in, can be written to and has room."""
+    """Return a check of a folder, or of its parent: it can be written to and has room."""
     name = f"{name} folder" if name != "here" else "this folder"
     advice = (
         "name a folder that can be written to and has 1 GiB: a 53.5M model's bundle takes 250 MB, an engine as much"

@@ -7,7 +7,7 @@ from infexport.doctor.facts import Facts
 from infexport.system.dependencies import installed_version
 
 CUDA, DRIVER = (13, 0), "580"
-"""What the extra `gpu` is built for, and the first driver that can do it."""
+"""CUDA version that the extra `gpu` is built for, and the first driver that supports it."""
 
 
 def gpu(facts: Facts) -> list[Check]:

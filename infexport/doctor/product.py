@@ -18,7 +18,7 @@ def product(side: int) -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
-    """Of protobuf's wire format; a byte each, as is the length below."""
+    """Return a field's key in protobuf's wire format: one byte, as is the length below."""
     return bytes([field << 3, value])
 
 

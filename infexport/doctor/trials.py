@@ -1,4 +1,4 @@
-"""What may crash or hang is tried in processes of its own, all at the same time."""
+"""Trials in processes of their own, all at the same time: they may crash or hang."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT = 60.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a trial: what was found, or the reason why nothing was."""
+    """Outcome of a trial: its result, or the reason why there is none."""
 
     found: Any = None
     error: str = ""
@@ -69,7 +69,7 @@ class Started:
             self._error = told(error)
 
     def result(self, limit: float) -> Any:
-        """What it returned.
+        """Result of the trial.
 
         Raises:
             InfexportError: it raised, or is not done.
@@ -83,7 +83,7 @@ class Started:
 
 
 def outcomes(trials: Sequence[Trial]) -> dict[Trial, Outcome]:
-    """Of every trial; after one that ends the process the others go on in another."""
+    """Return the outcome of every trial; after a trial that ends its process, the others continue in another."""
     found: dict[Trial, Outcome] = {}
     left, end = list(trials), time.monotonic() + LIMIT
     while left:
@@ -100,7 +100,7 @@ def outcomes(trials: Sequence[Trial]) -> dict[Trial, Outcome]:
 
 
 def _attempt(trials: Sequence[Trial], limit: float) -> tuple[dict[Trial, Outcome], Trial | None, str]:
-    """What one process found, the trial in which it ended, and how."""
+    """Return the outcomes of one process, the trial in which it ended, and how."""
     found: dict[Trial, Outcome] = {}
     begun: list[Trial] = []
 

@@ -1,4 +1,4 @@
-"""What a model has to multiply: the least time it can take on a machine whose matrix products are measured."""
+"""Cost of a model's matrix products: the least time it can take on a machine whose products are measured."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def embedding_cost(config: InfViTConfig, tokens: int) -> int:
 
 
 def _plain(config: InfViTConfig, tokens: int) -> tuple[MatmulCost, MatmulCost]:
-    """Of one token, in a layer before the last and in the last."""
+    """Return the cost of one token in a layer before the last, and in the last."""
     width = config.embed_dim
     # queries, keys, values, the output projection, perhaps a second one; the MLP
     dense = (5 if config.attention_dense else 4) * width**2 + 2 * width * config.mlp_dim
@@ -56,7 +56,7 @@ def _plain(config: InfViTConfig, tokens: int) -> tuple[MatmulCost, MatmulCost]:
 
 
 def _folded(config: InfViTConfig, tokens: int) -> tuple[MatmulCost, MatmulCost]:
-    """Of one token, in a layer before the last and in the last, whose MLP and output are the class token's alone."""
+    """Return the cost of one token in a layer before the last, and in the last, passed by the class token alone."""
     width = config.embed_dim
     mlp = 2 * width * config.mlp_dim
     if config.variant == "linear_infsa":  # queries alone meet every token

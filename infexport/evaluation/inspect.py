@@ -1,4 +1,4 @@
-"""What a bundle is made of, and what a run of it takes: the facts that `inspect` shows."""
+"""Contents of a bundle and cost of its runs, as `inspect` shows them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def list_parts(config: InfViTConfig) -> list[Part]:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What an image of a size takes.
+    """Cost of an image of one size.
 
     Attributes:
         height, width: in pixels, whole patches.
@@ -87,7 +87,7 @@ class Resolution:
 
 
 def resolutions(bundle: Bundle, sizes: Sequence[tuple[int, int]] | None, limit: int) -> list[Resolution]:
-    """What single images take.
+    """Return the cost of single images of several sizes.
 
     Args:
         bundle: opened.

@@ -71,7 +71,7 @@ class TorchRunner(ImageRunner):
 
 @contextmanager
 def enough_memory(shape: Sequence[int]) -> Iterator[None]:
-    """What PyTorch says where it has too little memory for images `[B, H, W, 3]`, as our error."""
+    """Raise PyTorch's error of too little memory for images `[B, H, W, 3]` as ours."""
     try:
         yield
     except RuntimeError as error:

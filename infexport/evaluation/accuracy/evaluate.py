@@ -104,12 +104,12 @@ class AccuracyResult:
 
     @property
     def enough(self) -> bool | None:
-        """Whether top-1 is what was required; None where nothing was."""
+        """Tell whether top-1 reaches the required share; None where none is required."""
         return None if self.required is None else self.accuracy.top1.share >= self.required
 
     @cached_property
     def accuracy(self) -> Accuracy:
-        """Of the bundle."""
+        """Accuracy of the bundle."""
         return self._accuracy([image.bundle for image in self.images], self.images)
 
     @property
@@ -136,7 +136,7 @@ class AccuracyResult:
         return [self._told(self.compared[row][0]) for row in rows]
 
     def executions(self) -> dict[str, int]:
-        """How images were run, `whole` or streamed, and how many."""
+        """Return execution → number of images: `whole`, or a form of streaming."""
         return dict(Counter(image.bundle.execution for image in self.images))
 
     def to_dict(self) -> dict[str, Any]:

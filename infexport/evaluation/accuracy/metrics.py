@@ -1,4 +1,4 @@
-"""How often answers are right, and how often two sets of them are the same. Sees arrays only."""
+"""Accuracy of logits, and agreement of two sets of them. Sees arrays only."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Share:
 
 @dataclass(frozen=True)
 class OfClass:
-    """How the images of one class did.
+    """Results of the images of one class.
 
     Attributes:
         index: of the class.
@@ -65,7 +65,8 @@ class OfClass:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often the class is the likeliest, or among the five likeliest; `top5` is None with no more than 5 classes.
+    """Shares of images whose class is the likeliest, or among the five likeliest; `top5` is None for 5 classes or
+    fewer.
 
     Attributes:
         classes: those that have images, by index.
@@ -107,7 +108,7 @@ def accuracy(logits: Logits, labels: NDArray[np.integer[Any]]) -> Accuracy:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often two sets of logits have the same top-1.
+    """Share of images for which two sets of logits have the same top-1.
 
     Attributes:
         same: of the rows.

@@ -1,4 +1,4 @@
-"""What a benchmark found."""
+"""Results of a benchmark."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements: median, 90th and 99th percentile (interpolated), smallest and largest."""
+    """Statistics of repeated measurements: median, 90th and 99th percentile (interpolated), smallest and largest."""
 
     p50: float
     p90: float
@@ -85,7 +85,7 @@ def speed_limit(
 
 @dataclass(frozen=True)
 class OnGpu:
-    """What one size cost on the GPU.
+    """Energy and memory of one size on the GPU.
 
     Attributes:
         peak_memory: bytes on the GPU at most, less what was in use before the model was loaded.

@@ -125,7 +125,7 @@ class CentralityResult:
         return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
 
     def chains(self) -> dict[Kind, int]:
-        """How many heads are read as which kind of chain."""
+        """Return kind of chain → number of heads."""
         return dict(Counter(head.chain for head in self.heads))
 
     def to_dict(self) -> dict[str, Any]:

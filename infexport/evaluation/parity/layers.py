@@ -1,4 +1,4 @@
-"""Where in a network an error comes in: every part of it judged on what it was given.
+"""Error of every part of a network, given the inputs that it had.
 
 A part's own error is how far what it gives is from what the float64 network's part gives for the same input: what came
 in wrong is not held against it. Its budget is derived: MULTIPLE times what rounding at random does to the float64 part
@@ -94,7 +94,9 @@ class Part:
 
     @property
     def out(self) -> list[tuple[str, Error]]:
-        """What is out of its budget, and its error: states first, since they come first."""
+        """Return the outputs that are over their budget, with their errors: states first, since they are computed
+        first.
+        """
         return [(name, error) for name, error in [*self.states.items(), ("its output", self.output)] if not error]
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a bundle, or its engine, computes.
+    """Arithmetic of a bundle, or of its engine.
 
     Attributes:
         precision: of the products that meet every token.
@@ -214,7 +216,7 @@ class _Judge:
         return self._part(f"layers.{index}", finish(exact, None), noisy, finish(eager, None), given, errors)
 
     def _features(self, tokens: Tensor, noise: Noise | None) -> Tensor:
-        """What the head sees of the last layer's output."""
+        """Return the head's input, from the last layer's output."""
         features: Tensor = self._network.encoder.norm(tokens[:, :1])[:, 0]
         features = features if noise is None else noise.sums(features, 1)
         pooler = self._network.pooler
@@ -232,7 +234,7 @@ class _Judge:
         given: list[Tensor],
         states: dict[str, Error],
     ) -> Part:
-        """Of what the bundle, PyTorch and the truth gave, and what the float64 part gives for what they took."""
+        """Compare a part's outputs in the bundle, in PyTorch and in float64, each for the inputs that it had."""
         bundle, eager, truth = given
         return Part(
             name=name,
@@ -294,7 +296,7 @@ class Noise:
         return rounded
 
     def _lowered(self, name: str, attention: Attention, last: bool) -> bool:
-        """Whether a matrix of a layer is multiplied in the lower precision: whether it meets every token."""
+        """Tell whether a matrix of a layer meets every token, and so is multiplied in the lower precision."""
         once: set[str] = set()
         if self._arithmetic.folded:
             outputs = {"attn.v_proj", "attn.out_proj", "attn.dense"}
@@ -359,7 +361,9 @@ def _run(layer: Layer, tokens: Tensor, wanted: Collection[str], folded: bool) ->
 
 
 def _linear_states(q: Tensor, k: Tensor, values: Tensor) -> States:
-    """Of Linear-InfSA: q and k `[B, H, N, d]`, and what its scores weigh, `[B, H or 1, N, ·]`."""
+    """Return the states of Linear-InfSA from q and k `[B, H, N, d]` and the values that scores weigh, `[B, H or 1, N,
+    ·]`.
+    """
     scale = 1 / math.sqrt(q.shape[-1])
     energy = torch.linalg.vector_norm(q * scale, dim=-1)
     mass, moment = energy.sum(-1), (energy[..., None] * q * scale).sum(-2)

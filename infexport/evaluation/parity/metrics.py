@@ -18,7 +18,7 @@ NETWORK = "infexport's own PyTorch network, with the checkpoint's weights; not w
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What relative Frobenius error a precision is allowed: factor·ε·√depth.
+    """Relative Frobenius error that a precision may have: factor·ε·√depth.
 
     Errors of layers add like random steps. In float32 every layer rounds some dozens of times at ε each. In the others
     only the factors of its large products are rounded: twice each in 16 bits, and in 8 bits, where ε is a step of 1/256
@@ -56,7 +56,7 @@ def tolerance_for(precision: str, depth: int) -> Tolerance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far logits are from the truth.
+    """Distance of logits from the truth.
 
     Attributes:
         max_abs, mean_abs: absolute error, in the logits' own units.

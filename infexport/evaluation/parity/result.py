@@ -1,4 +1,4 @@
-"""What a judgement of parity found."""
+"""Results of a comparison with PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens inside a network while it runs: in PyTorch, in a bundle's graph, in its stages."""
+"""Activations of a network while it runs: in PyTorch, in a bundle's graph, in its stages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from infvit.stage_scope import StageScope
 
 @dataclass(frozen=True)
 class Trace:
-    """Of one batch, whatever the dtype.
+    """Activations of one batch, of any dtype.
 
     Attributes:
         tokens: what every layer takes, `[B, N, E]`.

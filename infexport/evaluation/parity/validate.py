@@ -44,7 +44,7 @@ def default_sizes(bundle: Bundle) -> list[tuple[int, int]]:
 
 
 def _logits(runner: ImageRunner, batch: NDArray[np.uint8]) -> NDArray[Any]:
-    """Of a batch; image by image where the runner does not take so many at once."""
+    """Return the logits of a batch, image by image where the runner does not take the whole batch."""
     parts = [batch] if runner.takes(batch.shape) else [batch[i : i + 1] for i in range(len(batch))]
     return np.concatenate([runner.run(part)["logits"] for part in parts])
 
@@ -96,7 +96,7 @@ class ParityComparer:
 
     @property
     def ran(self) -> str:
-        """What ran the bundle, in words."""
+        """Return provider, precision and version of the bundle's runner, in words."""
         return f"{self._runner.provider}, {self._runner.version}"
 
     @cached_property
@@ -106,7 +106,7 @@ class ParityComparer:
         return GraphTracer(self._bundle, self._runner.provider, self._threads)
 
     def __call__(self, name: str, batch: NDArray[np.uint8], file: Path | None = None) -> Case:
-        """Of images `[B, H, W, 3]`, whole patches; of a file, where they are of one."""
+        """Compare the logits of images `[B, H, W, 3]` of whole patches, with their file where there is one."""
         logits = _logits(self._runner, batch)
         model, parts = self._truth.model, list[Part]()
         if self._layers:

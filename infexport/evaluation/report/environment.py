@@ -1,4 +1,4 @@
-"""Where a judgement was made, and of what, to the last byte."""
+"""Environment of a comparison: the machine, the versions, and the hashes of all files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 @dataclass(frozen=True)
 class Facts:
-    """What the page says of the place and the files.
+    """Facts of the machine and the files, as the page shows them.
 
     Attributes:
         environment: by name.
@@ -36,7 +36,7 @@ class Facts:
 
 
 def collect_facts(report: ParityResult, bundle: Bundle) -> Facts:
-    """Of this process, this machine and the files as they are."""
+    """Collect the facts of this process, this machine and the files as they are."""
     found = check_provenance(bundle)
     source = [Checked(f"{each.file} (checkpoint)", each.sha256, each.state) for each in found.source]
     if report.checkpoint.absolute() != Path(bundle.manifest.checkpoint.path):

@@ -25,11 +25,11 @@ LABELS = 7
 POINTS = 2000
 """More of them are a picture: as shapes they would weigh more than the page."""
 LEAST = 1e-6
-"""Of the tolerance: errors below are one bar of a histogram."""
+"""Share of the tolerance; smaller errors are one bar of a histogram."""
 
 
 def overall(report: ParityResult) -> list[tuple[Markup, str]]:
-    """Of all inputs: plots, and what is below them."""
+    """Draw the figures of all inputs, with their captions."""
     return [
         (_sizes(report), "Relative error of the logits of every input, by size; the truth is float64."),
         (
@@ -41,7 +41,7 @@ def overall(report: ParityResult) -> list[tuple[Markup, str]]:
 
 
 def layers(case: Case, index: int) -> list[tuple[Markup, str]]:
-    """Of the parts of the network, on one input; `index` no other input has."""
+    """Draw the figures of the network's parts on one input; `index` is unique to it."""
     if not case.parts:
         return []
     return [
@@ -176,7 +176,7 @@ def _parts(axes: Axes, case: Case) -> None:
 
 
 def _name(axes: Axes, names: Sequence[str]) -> None:
-    """As many names below the axis as there is room for, the first and the last among them."""
+    """Name as many ticks as there is room for, the first and the last among them."""
     size = max(map(len, names))
     room = max(2, min(len(names), LABELS * 7 // max(7, size) if size > 5 else LABELS + 3))
     places = sorted({round(i * (len(names) - 1) / (room - 1)) for i in range(room)})

@@ -11,7 +11,7 @@ from infexport.evaluation.parity.result import Case
 
 
 def worst_first(cases: Sequence[Case]) -> list[Case]:
-    """What failed, then the others, each by its error."""
+    """Return the failed cases, then the others, each by its error."""
     return sorted(cases, key=lambda case: (bool(case), -case_error(case)))
 
 

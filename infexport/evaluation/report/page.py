@@ -117,7 +117,7 @@ class Said:
 
     @property
     def rule(self) -> str:
-        """What the verdict is made of."""
+        """Return the rule of the verdict, in words."""
         rule = self.report.tolerance
         bound = f"{rule.factor} · ε · √depth".replace(" ", "\u00a0")
         text = (
@@ -156,7 +156,7 @@ class Said:
 
 
 def number(value: float) -> str:
-    """As the command line prints it."""
+    """Return a number as the command line prints it."""
     return f"{value:.1e}" if math.isfinite(value) else "not finite"
 
 

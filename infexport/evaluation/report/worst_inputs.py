@@ -77,7 +77,7 @@ def find_examples(report: ParityResult, bundle: Bundle, threads: int | None = No
 
 
 def _pixels(case: Case, row: int, bundle: Bundle) -> Pixels:
-    """What was run."""
+    """Return the pixels that were run."""
     patch = bundle.manifest.config.patch_size
     if case.file is None:
         _, height, width, _ = case.shape
@@ -86,7 +86,7 @@ def _pixels(case: Case, row: int, bundle: Bundle) -> Pixels:
 
 
 def _centralities(bundle: Bundle, images: Sequence[Pixels], threads: int | None) -> list[Centrality | str]:
-    """Of every image, or why there is none."""
+    """Return the centrality of every image, or the reason why there is none."""
     if CENTRALITY_MODEL not in bundle.manifest.files:
         return ["this bundle does not give centrality"] * len(images)
     patch, found = bundle.manifest.config.patch_size, list[Centrality | str]()

@@ -18,7 +18,7 @@ ONNX Runtime folds and packs when it loads them, like weights, and which takes n
 one that is all ones, and may run it at a higher clock than a model's: the limit is rather too short than too long."""
 
 UNITS = {"float32": "GFLOP/s", "int8": "GOP/s", "float16": "GFLOP/s"}
-"""Of `giga_operations`."""
+"""Units of `giga_operations`."""
 
 SETTLE = 0.05
 """Seconds. The threads of a session that ran before still spin for some time, and would halve this one's rate."""
@@ -48,7 +48,7 @@ def absence(precision: str, provider: str) -> str:
 
 
 def multiply_adds(kind: str) -> int:
-    """Of one run."""
+    """Multiply-adds of one run."""
     return math.prod(SHAPES[kind])
 
 
