@@ -119,12 +119,7 @@ def read_checkpoint(path: Path, options: ConvertOptions) -> Checkpoint:
         raise InfexportError(error.summary, error.details, error.hint) from error
 
 
-def convert(
-    path: Path,
-    output: Path,
-    options: ConvertOptions,
-    listener: ProgressListener = SILENT,
-) -> Bundle:
+def convert(path: Path, output: Path, options: ConvertOptions, listener: ProgressListener = SILENT) -> Bundle:
     """Convert a checkpoint to a bundle.
 
     Args:

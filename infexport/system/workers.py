@@ -59,22 +59,12 @@ def ask(
             encoding="utf-8",
             start_new_session=limit is not None,  # then it can be ended with its children
         ) as worker:
-            assert worker.stdin is not None
-            assert worker.stdout is not None
             timer = threading.Timer(limit or 0, _end, (worker, late))
             timer.daemon = True
             if limit is not None:
                 timer.start()
             try:
-                with suppress(BrokenPipeError):  # it ended before it listened; its exit code says more
-                    worker.stdin.write(json.dumps(request))
-                    worker.stdin.close()
-                for line in worker.stdout:
-                    if line.endswith("\n"):  # else it ended within a word
-                        message = json.loads(line)
-                        answer |= message
-                        heard(message)
-                worker.wait()  # within the limit: it may have said all and not end
+                _converse(worker, request, answer, heard)
             except BaseException:
                 if limit is None:
                     worker.kill()
@@ -91,6 +81,23 @@ def ask(
         if worker.returncode:
             raise ending(worker.returncode, messages.read())
     return answer
+
+
+def _converse(
+    worker: subprocess.Popen[str], request: Message, answer: Message, heard: Callable[[Message], None]
+) -> None:
+    """Write the request, add every message to the answer, and wait for the end of the worker."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    with suppress(BrokenPipeError):  # it ended before it read; its exit code says more
+        worker.stdin.write(json.dumps(request))
+        worker.stdin.close()
+    for line in worker.stdout:
+        if line.endswith("\n"):  # else it ended within a word
+            message = json.loads(line)
+            answer |= message
+            heard(message)
+    worker.wait()  # within the limit: a worker may have written all and not end
 
 
 def run_program(command: Sequence[str], limit: float) -> tuple[int, str, str]:

@@ -32,6 +32,7 @@ from infexport.system.progress import (
 from infvit.absorbing import ALLOWANCE, Deviation, Kind, compare_visits, expected_visits, make_chain, simulate
 from infvit.centrality import linear_scores, principal, row_sums
 from infvit.checkpoint import build_network
+from infvit.config import InfViTConfig
 from infvit.network import Layer
 
 PAPER = 0.985
@@ -179,12 +180,9 @@ def validate_centrality(
             not, or tokens that are not finite.
     """
     config = bundle.manifest.config
-    patch, depth = config.patch_size, config.depth
-    layers = sorted(set(range(depth) if layers is None else layers))
-    if layers[-1] >= depth:
-        raise InfexportError(f"there is no layer {layers[-1]}", f"the network has {depth} layers, counted from 0")
+    layers = _checked_layers(layers, config.depth)
     for height, width in sizes:
-        check_whole_patches(height, width, patch)
+        check_whole_patches(height, width, config.patch_size)
     checkpoint = load_recorded(checkpoint_path, bundle)
     preprocessing = bundle.manifest.preprocessing
     model = ImageModel(build_network(checkpoint).double(), preprocessing.mean, preprocessing.std).eval()
@@ -192,30 +190,15 @@ def validate_centrality(
     failed: list[tuple[Path, InfexportError]] = []
 
     def look(name: str, pixels: NDArray[np.uint8]) -> None:
-        tokens = config.tokens(*pixels.shape[:2])
-        heads = len(layers) * config.num_heads
-        minutes = tokens**2 * heads / PAIRS_PER_SECOND / 60
-        if minutes > 1:
-            message = f"{name}: {heads} heads of {tokens:,} tokens take about {minutes:,.0f} minutes of a core"
-            listener.on_event(Status(message))
-        reports = []
-        with torch.inference_mode():
-            for layer, q, k, rho in _projections(model, pixels, layers):
-                for head in range(len(q)):
-                    random = np.random.default_rng([seed, len(found), layer, head])
-                    try:
-                        reports.append(_look_at(layer, head, q[head], k[head], float(rho[head]), walkers, random))
-                    except ValueError as error:
-                        problem = f"no limit of the series in layer {layer}, head {head}"
-                        raise InfexportError(problem, f"{error}; rho is {float(rho[head]):.17g}") from error
-                    listener.on_event(ItemsDone(1))
-        found.append(ImageReport(name, tokens, tuple(reports)))
+        _tell_of_long_work(name, config, len(layers), config.tokens(*pixels.shape[:2]), listener)
+        reports = _look_at_heads(model, pixels, layers, walkers, [seed, len(found)], listener)
+        found.append(ImageReport(name, config.tokens(*pixels.shape[:2]), reports))
 
     for height, width in sizes:
         look(f"{height}x{width}", synthetic_image(height, width))
     for path in images:
         try:
-            pixels = fit(read_image(path), patch, "native", preprocessing.transform, "pad").pixels
+            pixels = fit(read_image(path), config.patch_size, "native", preprocessing.transform, "pad").pixels
         except InfexportError as error:
             failed.append((path, error))
             listener.on_event(ItemsDone(count_heads(bundle, layers)))
@@ -231,6 +214,44 @@ def validate_centrality(
         images=tuple(found),
         failed=tuple(failed),
     )
+
+
+def _checked_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
+    chosen = sorted(set(range(depth) if layers is None else layers))
+    if chosen[-1] >= depth:
+        raise InfexportError(f"there is no layer {chosen[-1]}", f"the network has {depth} layers, counted from 0")
+    return chosen
+
+
+def _tell_of_long_work(name: str, config: InfViTConfig, layers: int, tokens: int, listener: ProgressListener) -> None:
+    heads = layers * config.num_heads
+    minutes = tokens**2 * heads / PAIRS_PER_SECOND / 60
+    if minutes > 1:
+        message = f"{name}: {heads} heads of {tokens:,} tokens take about {minutes:,.0f} minutes of a core"
+        listener.on_event(Status(message))
+
+
+def _look_at_heads(
+    model: ImageModel,
+    pixels: NDArray[np.uint8],
+    layers: Sequence[int],
+    walkers: int,
+    seeds: Sequence[int],
+    listener: ProgressListener,
+) -> tuple[HeadReport, ...]:
+    """Check every head of these layers on an image; `seeds` are those of the image."""
+    reports = []
+    with torch.inference_mode():
+        for layer, q, k, rho in _projections(model, pixels, layers):
+            for head in range(len(q)):
+                random = np.random.default_rng([*seeds, layer, head])
+                try:
+                    reports.append(_look_at(layer, head, q[head], k[head], float(rho[head]), walkers, random))
+                except ValueError as error:
+                    problem = f"no limit of the series in layer {layer}, head {head}"
+                    raise InfexportError(problem, f"{error}; rho is {float(rho[head]):.17g}") from error
+                listener.on_event(ItemsDone(1))
+    return tuple(reports)
 
 
 def count_heads(bundle: Bundle, layers: Sequence[int] | None) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from infexport.bundle import Bundle
+from infexport.bundle import Bundle, Stage
 from infexport.images.strips import Source
 from infexport.inference.centrality import Centrality
 from infexport.inference.options import TokenDtype
@@ -80,19 +81,12 @@ def stream(
     layout = make_layout(stages, range(source.tokens), chunk, scratch is not None, centrality)
 
     def opened(position: Position, left: bool) -> tuple[Tokens, Stores, Maps | None]:
-        """Open the stores of a run: new ones, or those of an interrupted run, verified by their checksums."""
         stores = Stores(config, runner.precision, token_dtype, folder, position.squares, left)
         maps = Maps(stages, config, source.grid, folder, position.checksums) if centrality else None
         checksums = None if folder is None else Checksums(source.tokens, chunk, position.checksums)
         tokens = Tokens(layout, stores, checksums)
-        try:
-            if left:
-                tokens.check(stages, position)
-            if left and maps is not None:
-                maps.take_up()
-        except BaseException:
-            tokens.close()
-            raise
+        if left:
+            _verify(tokens, maps, stages, position)
         return tokens, stores, maps
 
     position, parts = Position(), None
@@ -112,3 +106,18 @@ def stream(
     # copies: an output of ONNX Runtime keeps the memory of its session, a megabyte
     logits, features = (outputs[name][0].copy() for name in ("logits", "features"))
     return Streamed(logits, features, stores.relative_error, found)
+
+
+def _verify(tokens: Tokens, maps: Maps | None, stages: Sequence[Stage], position: Position) -> None:
+    """Verify the stores of an interrupted run by their checksums; close them if that fails.
+
+    Raises:
+        Unproven: they are not what that run wrote.
+    """
+    try:
+        tokens.check(stages, position)
+        if maps is not None:
+            maps.take_up()
+    except BaseException:
+        tokens.close()
+        raise
