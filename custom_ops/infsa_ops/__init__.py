@@ -1,4 +1,4 @@
-"""The operators of Infinite Self-Attention (arXiv 2603.00175): torch ops that reach ONNX as nodes of domain `infsa`."""
+"""Operators of Infinite Self-Attention (arXiv 2603.00175): torch ops, exported to ONNX as nodes of domain `infsa`."""
 
 from infsa_ops.affinity_product import affinity_product
 from infsa_ops.affinity_squared_norm import affinity_squared_norm
@@ -13,7 +13,7 @@ VERSION = 1
 """Version of the ONNX domain."""
 
 ALL = ("linear_state", "neumann_kernel", "affinity_squared_norm", "affinity_product")
-"""The operators, a folder each. A new one is a folder with the same file names and a name here."""
+"""Names of the operators; each has a folder. To add one, add a folder with the same file names and its name here."""
 
 __all__ = [
     "ALL",

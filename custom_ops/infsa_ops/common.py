@@ -1,4 +1,4 @@
-"""What the operators share: ε, the tile, the shape of ρ, and what q, k and v must be to each other."""
+"""Shared parts of the operators: ε, the tile size, the shape of ρ, and shape and dtype checks of q, k and v."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-"""ε, added to every divisor; the reference package's value."""
+"""ε, added to every divisor. The value is the reference package's."""
 
 TILE = 256
-"""Queries at a time in Pure InfSA: N×N never exists."""
+"""Queries per tile in Pure InfSA. The N×N matrix is never stored."""
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that tokens of `dtype` are computed in."""
+    """Return the dtype used to compute with tokens of `dtype`: float32, or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """Keep autocast from rounding products of tensors like this one to half precision."""
+    """Disable autocast on the device of `like`, so that products are not rounded to half precision."""
     device = like.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -28,7 +28,7 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
 
 
 def per_head(rho: Tensor | float, like: Tensor) -> Tensor:
-    """ρ as `[1, heads or 1, 1, 1]`, dtype and device of `like`.
+    """Return ρ as `[1, heads or 1, 1, 1]`, with the dtype and device of `like`.
 
     Raises:
         ValueError: ρ is neither a scalar nor one value per head of `like` `[B, H, N, d]`.
@@ -42,10 +42,10 @@ def per_head(rho: Tensor | float, like: Tensor) -> Tensor:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse q, k and v that don't fit together.
+    """Check that q, k and v fit together.
 
     Raises:
-        RuntimeError: not `[B, H, N, d]`, `[B, H, N, d]` and `[B, H, N, d_v]`, or of several dtypes.
+        RuntimeError: shapes are not `[B, H, N, d]`, `[B, H, N, d]` and `[B, H, N, d_v]`, or dtypes differ.
     """
     for name, tensor, expected in (
         ("q", q, ["B", "H", "N", "d"]),
@@ -61,10 +61,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
-    """Refuse queries and keys, as many as there may be of each, that don't fit together.
+    """Check that queries and keys fit together; N and M may differ.
 
     Raises:
-        RuntimeError: not `[B, H, N, d]` and `[B, H, M, d]`, or of several dtypes.
+        RuntimeError: shapes are not `[B, H, N, d]` and `[B, H, M, d]`, or dtypes differ.
     """
     for name, tensor in (("q", q), ("k", k)):
         if tensor.dim() != 4:

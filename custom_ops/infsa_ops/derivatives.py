@@ -1,4 +1,4 @@
-"""Derivatives of the operators, of every order and mode, through their plain definition."""
+"""Derivatives of the operators, of every order and mode, computed from their plain definition."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from infsa_ops.common import no_autocast
 
 LIBRARY = torch.library.Library("infsa", "FRAGMENT")
 KEYS = tuple(f"Autograd{device}" for device in ("CPU", "CUDA", "Meta", "XPU", "MPS", "HPU", "XLA", "PrivateUse1"))
-"""Dispatch keys with kernels of ours; each precedes the kernel that `torch.library.custom_op` makes for `Autograd`.
+"""Dispatch keys for which this module registers kernels.
 
-That kernel knows reverse mode alone. It gives forward-mode tangents of zero, and fails under `torch.func`."""
+Each takes precedence over the kernel that `torch.library.custom_op` makes for `Autograd`. That kernel supports reverse
+mode only: it returns forward-mode tangents of zero, and fails under `torch.func`."""
 
 
 def _transformed(tensors: tuple[Tensor, ...]) -> bool:
-    """Return true under `torch.func`'s transforms, and where a tensor carries a forward-mode tangent."""
+    """Tell whether a `torch.func` transform is active or a tensor carries a forward-mode tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def register_derivatives(operator: CustomOpDef, definition: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
-    """Give an operator the derivatives of its definition.
+    """Register the derivatives of the definition for an operator.
 
-    Reverse mode keeps the operator's own forward pass and differentiates the definition in the backward pass, which is
-    differentiable in turn. Forward mode and `torch.func`'s transforms run the definition in place of the operator.
+    Reverse mode keeps the operator's own forward pass. Its backward pass differentiates the definition, and is itself
+    differentiable. Forward mode and `torch.func` transforms run the definition instead of the operator.
 
     Args:
-        operator: its tensors are its first arguments.
-        definition: the same function in torch's differentiable operations, at least in float32.
+        operator: takes its tensors as its first arguments.
+        definition: the same function in torch's differentiable operations, computed in at least float32.
     """
     overload = operator._opoverload
 

@@ -1,11 +1,11 @@
-"""Tiles of queries in ONNX: N×N never exists, whatever N is, in one graph. Shared by the bodies of Pure InfSA.
+"""Tiles of queries in ONNX, shared by the function bodies of Pure InfSA. One graph serves every N; N×N is never stored.
 
-Every axis may be empty. Inside it is one zero long: ONNX Runtime refuses a Scan without steps, and its 1.24 is ended by
-an integer division by zero.
+Every axis may be empty. Internally an empty axis is padded to one zero: ONNX Runtime refuses a Scan without steps, and
+version 1.24 crashes on an integer division by zero.
 
 A step takes the queries of one tile and all keys, of one head or of all heads of an image. In float32 it takes one head
-where all would not stay in a CPU's cache: that made a layer of 4097 tokens faster by a sixth. In half types, which are
-for GPUs, it takes all; its operands are scaled to at most 1, so that nothing overflows, and every sum is float32.
+if all heads would not fit in a CPU's cache: that made a layer of 4097 tokens faster by a sixth. Half types are meant
+for GPUs and take all heads. Their operands are scaled to at most 1, so nothing overflows, and every sum is float32.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ import onnx_ir as ir
 from infsa_ops.common import TILE
 
 CACHED = 1 << 22
-"""Affinities of a step that takes several heads, at most: 16 MiB of float32."""
+"""Maximum number of affinities in a step of several heads: 16 MiB of float32."""
 
 ROW_SUM, TINY = 256.0, 1e-30
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How q `[B, H, N, d]` is cut; numbers are ONNX values of shape `[1]`.
+    """Division of q `[B, H, N, d]` into tiles. Numbers are ONNX values of shape `[1]`.
 
     Attributes:
-        dtype: of q.
-        outer, tokens: (B, H) as one value of shape `[2]`, and N.
-        batch, heads: B, H, at least 1.
+        dtype: dtype of q.
+        outer: (B, H) as one value of shape `[2]`.
+        tokens: N.
+        batch, heads: B and H, each at least 1.
         groups: B·H / per.
-        per: heads a step takes.
-        count, rows: tiles of a head, all of `rows` queries; the last is filled up with zero queries, whose affinities
-            relu(0) add exactly nothing.
+        per: heads per step.
+        count: tiles per head.
+        rows: queries per tile. The last tile is padded with zero queries, whose affinities relu(0) add exactly zero.
     """
 
     dtype: ir.DataType
@@ -50,7 +51,7 @@ class Tiling:
 
 
 def tiling(op: Any, q: ir.Value, k: ir.Value, dtype: ir.DataType) -> Tiling:
-    """The tiling of queries `[B, H, N, d]` of `dtype` for keys `[B, H, M, d]`."""
+    """Return the tiling of queries `[B, H, N, d]` of `dtype` for keys `[B, H, M, d]`."""
     outer, tokens = op.Shape(q, end=2), op.Shape(q, start=2, end=3)
     batch, heads = (op.Max(op.Shape(q, start=axis, end=axis + 1), [1]) for axis in range(2))
     largest = 2 * TILE if dtype == ir.DataType.FLOAT else TILE
@@ -65,21 +66,21 @@ def tiling(op: Any, q: ir.Value, k: ir.Value, dtype: ir.DataType) -> Tiling:
 
 
 def nonempty(op: Any, x: ir.Value) -> ir.Value:
-    """Return x with every empty axis one zero long."""
+    """Return x with every empty axis padded to a length of one, with a zero."""
     shape = op.Shape(x)
     return op.Pad(x, op.Concat(op.Sub(shape, shape), op.Max(op.Sub([1], shape), [0]), axis=0))
 
 
 def largest(op: Any, x: ir.Value) -> ir.Value:
-    """The largest magnitude per head of x `[B, H, N, d]`, float32 `[B, H, 1, 1]`; 1 where all of it is zero."""
+    """Return the largest magnitude per head of x `[B, H, N, d]`, float32 `[B, H, 1, 1]`; 1 if all values are zero."""
     magnitude = op.ReduceMax(op.Abs(op.Cast(nonempty(op, x), to=ir.DataType.FLOAT)), [-2, -1], keepdims=1)
     return op.Where(op.Equal(magnitude, 0.0), 1.0, magnitude)
 
 
 def scaled(op: Any, q: ir.Value, k: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Queries, and keys transposed `[B, H, d, M]`, whose product are affinities in `unit`, float32 `[B, H, 1, 1]`.
+    """Return queries, transposed keys `[B, H, d, M]`, and the unit of their product, float32 `[B, H, 1, 1]`.
 
-    In float32 the unit is 1. In half types it makes every affinity at most 1.
+    Their product times the unit is q kᵀ / d. In float32 the unit is 1. In half types it makes every affinity at most 1.
     """
     width = op.Cast(op.Shape(q, start=3), to=ir.DataType.FLOAT)
     keys = op.Transpose(k, perm=[0, 1, 3, 2])
@@ -92,9 +93,10 @@ def scaled(op: Any, q: ir.Value, k: ir.Value, dtype: ir.DataType) -> tuple[ir.Va
 
 
 def as_values(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
-    """What affinities of `dtype` are applied to, x `[B, H, M, d_v]` in `unit`, float32 `[B, H, 1, 1]`.
+    """Return x `[B, H, M, d_v]` as values of `dtype`, divided by a unit, and the unit, float32 `[B, H, 1, 1]`.
 
-    In float32 the unit is 1. In half types it makes every value at most 1.
+    Affinities of `dtype` are applied to these values. In float32 the unit is 1. In half types it makes every value at
+    most 1.
     """
     if dtype == ir.DataType.FLOAT:
         return op.Cast(x, to=dtype), op.Expand(1.0, [1, 1, 1, 1])
@@ -103,10 +105,10 @@ def as_values(op: Any, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Va
 
 
 def product(op: Any, affinity: ir.Value, values: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Affinities `[…, rows, M]` times `as_values`, float32 `[…, rows, d_v]`; in half types, too, finite for any M.
+    """Multiply affinities `[…, rows, M]` by `as_values`: float32 `[…, rows, d_v]`, finite for any M in half types too.
 
-    There every row is brought to the sum 256 first: its product is 256 times a convex combination of the values, and
-    an even weight over 332k tokens, 8e-4, is still a normal number.
+    In half types every row is first scaled to the sum 256. Its product is then 256 times a convex combination of the
+    values, and an even weight over 332k tokens, 8e-4, is still a normal number.
     """
     if dtype == ir.DataType.FLOAT:
         return op.MatMul(affinity, values)
@@ -117,17 +119,17 @@ def product(op: Any, affinity: ir.Value, values: ir.Value, dtype: ir.DataType) -
 
 
 def squares(op: Any, affinity: ir.Value) -> ir.Value:
-    """Σ A² of a tile `[per, rows, N]`: float32 `[per, 1, 1]`.
+    """Return Σ A² of a tile `[per, rows, N]`: float32 `[per, 1, 1]`.
 
-    Along rows, then over rows: one float32 sum over all of N² squares is off by 1e-4 at N = 4097. A product and a sum,
-    because ONNX Runtime's ReduceSumSquare adds one number after the other.
+    It sums along each row, then over the rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097. It uses
+    a product and a sum, because ONNX Runtime's ReduceSumSquare adds the numbers one by one.
     """
     exact = op.Cast(affinity, to=ir.DataType.FLOAT)
     return op.ReduceSum(op.ReduceSum(op.Mul(exact, exact), [-1], keepdims=1), [-2], keepdims=1)
 
 
 def total(op: Any, cut: Tiling, tiles: ir.Value) -> ir.Value:
-    """The sum over all tiles of `[steps, per, 1, 1]`: `[B, H, 1, 1]`."""
+    """Sum `[steps, per, 1, 1]` over all tiles: `[B, H, 1, 1]`."""
     by_tile = op.Reshape(tiles, op.Concat(cut.groups, cut.count, cut.per, axis=0))
     whole = op.Reshape(op.ReduceSum(by_tile, [1], keepdims=0), op.Concat(cut.batch, cut.heads, [1, 1], axis=0))
     return op.Slice(whole, [0, 0], cut.outer, [0, 1])
@@ -136,7 +138,7 @@ def total(op: Any, cut: Tiling, tiles: ir.Value) -> ir.Value:
 def product_and_squares(
     op: Any, cut: Tiling, q: ir.Value, k: ir.Value, values: ir.Value, v: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """A·V `[B, H, N, d_v]` and Σ A² `[B, H, 1, 1]` of `scaled` q and k and of v `as_values`, in their units."""
+    """Return A·V `[B, H, N, d_v]` and Σ A² `[B, H, 1, 1]`, in the units of `scaled` q and k and of v `as_values`."""
 
     def step(op: Any, query: ir.Value, keys: ir.Value, values: ir.Value) -> list[ir.Value]:
         affinity = op.Relu(op.MatMul(query, keys))
@@ -147,7 +149,7 @@ def product_and_squares(
 
 
 def join(op: Any, cut: Tiling, tiles: ir.Value, v: ir.Value) -> ir.Value:
-    """Tiles `[steps, per, rows, d_v]` as `[B, H, N, d_v]`, the filling cut off; d_v as of v."""
+    """Join tiles `[steps, per, rows, d_v]` to `[B, H, N, d_v]` without the padding; d_v is taken from v."""
     width = op.Max(op.Shape(v, start=3), [1])
     by_tile = op.Reshape(tiles, op.Concat(cut.groups, cut.count, cut.per, cut.rows, width, axis=0))
     by_head = op.Transpose(by_tile, perm=[0, 2, 1, 3, 4])
@@ -168,15 +170,16 @@ def scan(
     """Scan `step(op, query, *operands)` over all tiles.
 
     Args:
-        name: of the scan; unique in the body.
-        cut: the tiling of `q`.
-        step: takes queries `[per, rows, d]` and its heads' part of every operand `[per, …, …]`; gives `outputs` values.
-        outputs: how many.
+        name: name of the scan, unique in the body.
+        cut: tiling of `q`.
+        step: takes queries `[per, rows, d]` and the part of every operand for its heads, `[per, …, …]`; returns
+            `outputs` values.
+        outputs: number of outputs of a step.
         q: `[B, H, N, d]`.
         operands: `[B, H, …, …]`, such as keys and values.
 
     Returns:
-        Each of the outputs over all steps, `[groups·count, …]`: `total` and `join` put them together.
+        Each output stacked over all steps, `[groups·count, …]`; `total` and `join` combine them.
     """
     width = op.Shape(q, start=3)
     filled = op.Concat(cut.batch, cut.heads, op.Mul(cut.count, cut.rows), width, axis=0)

@@ -1,4 +1,4 @@
-"""Passes over all pairs of tokens, all that Pure InfSA's operators are made of; and the pass that every device has."""
+"""Passes over all pairs of tokens, from which Pure InfSA's operators are built, and the one that runs on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from infsa_ops.common import TILE
 
 @dataclass(frozen=True)
 class Sweeps:
-    """A way to compute A = relu(q̂k̂ᵀ)'s product with values and its squared norm, N×M never in memory.
+    """Implementation of A v and Σ A² with A = relu(q̂k̂ᵀ). The N×M matrix is never stored.
 
     q is `[B, H, N, d]`, k `[B, H, M, d]` of q's dtype, v `[B, H, M, d_v]`. Products are contiguous `[B, H, N, d_v]`,
     float64 for float64 tokens, else float32; squares are float64 `[B, H]`.
@@ -30,8 +30,8 @@ class Sweeps:
 
 
 def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of A, 256 at a time, and where they are."""
-    dtype = torch.promote_types(q.dtype, torch.float32)  # in half precision squares above 255² overflow
+    """Yield 256 rows of A at a time, with their slice."""
+    dtype = torch.promote_types(q.dtype, torch.float32)  # in half precision squares of values above 255 overflow
     queries, keys = q.to(dtype), (k.to(dtype) / q.shape[-1]).transpose(-1, -2)
     for start in range(0, q.shape[2], TILE):
         rows = slice(start, start + TILE)
@@ -39,7 +39,7 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _energy(affinity: Tensor) -> Tensor:
-    # row by row, then over rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097
+    # sum each row, then the rows: one float32 sum over all N² squares is off by 1e-4 at N = 4097
     return affinity.square().sum(-1).sum(-1, dtype=torch.float64)
 
 
@@ -72,4 +72,4 @@ def _squares(q: Tensor, k: Tensor) -> Tensor:
 
 
 TILED = Sweeps(_product_and_squares, _product, _squares)
-"""A tile of queries at a time, in torch: any device, any floating dtype, any width."""
+"""Implementation in torch, one tile of queries at a time, for any device, any floating dtype and any width."""

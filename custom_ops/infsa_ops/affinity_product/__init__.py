@@ -1,4 +1,4 @@
-"""`AffinityProduct`, a block of Pure InfSA before it is normalised."""
+"""`AffinityProduct`, a block of Pure InfSA before normalisation."""
 
 from infsa_ops.affinity_product.op import affinity_product
 

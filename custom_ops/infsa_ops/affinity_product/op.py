@@ -29,11 +29,11 @@ def _sweep(sweeps: Sweeps, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
 
 @torch.library.custom_op("infsa::affinity_product", mutates_args=())
 def affinity_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """relu(q̂k̂ᵀ)v and ‖relu(q̂k̂ᵀ)‖²_F, a tile at a time (ONNX `infsa::AffinityProduct`).
+    """Compute relu(q̂k̂ᵀ)v and ‖relu(q̂k̂ᵀ)‖²_F, one tile at a time (ONNX `infsa::AffinityProduct`).
 
-    A block of Pure InfSA before it is normalised. Products add over disjoint sets of keys, squares over disjoint sets
-    of queries or keys, so a sweep over chunks of both gives what `neumann_kernel` gives at once. q̂ and k̂ are scaled
-    by 1/√d. Derivatives form the whole N×M matrix.
+    This is a block of Pure InfSA before normalisation. Products add over disjoint sets of keys, squares over disjoint
+    sets of queries or keys. A pass over chunks of both therefore gives the result of `neumann_kernel`. q̂ and k̂ are
+    scaled by 1/√d. Derivatives form the whole N×M matrix.
 
     Args:
         q: `[B, H, N, d]`, floating.

@@ -1,4 +1,4 @@
-"""relu(q̂k̂ᵀ)v and ‖relu(q̂k̂ᵀ)‖²_F with the whole N×M matrix: the truth when the arguments are float64."""
+"""relu(q̂k̂ᵀ)v and ‖relu(q̂k̂ᵀ)‖²_F with the whole N×M matrix. In float64 it is the reference result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def affinity_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ relu(q̂k̂ᵀ)v over the keys, `[B, H, N, d_v]`, and Σ relu(q̂k̂ᵀ)² over all pairs, `[B, H]`.
+    """Return Σ relu(q̂k̂ᵀ)v over the keys, `[B, H, N, d_v]`, and Σ relu(q̂k̂ᵀ)² over all pairs, `[B, H]`.
 
     Args:
         q: `[B, H, N, d]`.

@@ -31,12 +31,12 @@ SCHEMA = onnx.defs.OpSchema(
 
 
 def translate(q: Any, k: Any) -> Any:
-    """The torch op's node, for `torch.onnx.export(custom_translation_table=…)`."""
+    """Translate the torch op to its ONNX node, for `torch.onnx.export(custom_translation_table=…)`."""
     return onnxscript.values.Opset("infsa", 1).AffinitySquaredNorm(q, k)
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
-    """The operator in standard ONNX operators of version `opset`, for tokens of `dtype`."""
+    """Build the operator from standard ONNX operators of version `opset`, for tokens of `dtype`."""
 
     def trace(op: Any, q: ir.Value, k: ir.Value) -> ir.Value:
         cut = tiles.tiling(op, q, k, dtype)

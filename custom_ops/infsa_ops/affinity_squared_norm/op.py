@@ -19,11 +19,11 @@ def _sweep(sweeps: Sweeps, q: Tensor, k: Tensor) -> Tensor:
 
 @torch.library.custom_op("infsa::affinity_squared_norm", mutates_args=())
 def affinity_squared_norm(q: Tensor, k: Tensor) -> Tensor:
-    """‖relu(q̂k̂ᵀ)‖²_F, a tile at a time (ONNX `infsa::AffinitySquaredNorm`).
+    """Compute ‖relu(q̂k̂ᵀ)‖²_F, one tile at a time (ONNX `infsa::AffinitySquaredNorm`).
 
-    What `neumann_kernel` divides by, for whoever needs no more of it: a class-token head's last layer, or a sweep
-    over chunks. Squares add over disjoint sets of queries or keys. q̂ and k̂ are scaled by 1/√d. Derivatives form the
-    whole N×M matrix.
+    This is the squared divisor of `neumann_kernel`, apart from ε, for callers that need only that: a class-token
+    head's last layer, or a pass over chunks. Squares add over disjoint sets of queries or keys. q̂ and k̂ are scaled by
+    1/√d. Derivatives form the whole N×M matrix.
 
     Args:
         q: `[B, H, N, d]`, floating.

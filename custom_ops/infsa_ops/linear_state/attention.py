@@ -1,4 +1,4 @@
-"""Linear-InfSA attention: two sweeps over the tokens that meet only in the state."""
+"""Linear-InfSA attention: two passes over the tokens that share only the state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _mean(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Tensor:
-    """Attention of Linear-InfSA (arXiv 2603.00175): every token receives the same ρ-weighted mean of the values.
+    """Compute Linear-InfSA attention (arXiv 2603.00175): every token receives the same ρ-weighted mean of the values.
 
     Token n weighs aₙ = relu(q̄ · k̂ₙ), where q̄ is the mean query weighted by its norms and q̂, k̂ are scaled by 1/√d.
     Computed and differentiated in at least float32.

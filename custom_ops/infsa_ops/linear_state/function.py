@@ -36,12 +36,12 @@ SCHEMA = onnx.defs.OpSchema(
 
 
 def translate(weights: Any, values: Any, mass: Any, moment: Any) -> Any:
-    """The torch op's node, for `torch.onnx.export(custom_translation_table=…)`."""
+    """Translate the torch op to its ONNX node, for `torch.onnx.export(custom_translation_table=…)`."""
     return onnxscript.values.Opset("infsa", 1).LinearInfSAStateUpdate(weights, values, mass, moment)
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
-    """The operator in standard ONNX operators of version `opset`; it serves tokens of any dtype."""
+    """Build the operator from standard ONNX operators of version `opset`, for tokens of any dtype."""
 
     def trace(op: Any, weights: ir.Value, values: ir.Value, mass: ir.Value, moment: ir.Value) -> list[ir.Value]:
         # float32 whatever the tokens are: in half precision a sum over 332k tokens overflows

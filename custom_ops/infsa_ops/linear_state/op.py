@@ -45,7 +45,7 @@ def _update(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tu
     x = values.to(moment.dtype)
     groups = x.shape[1]
     if groups == w.shape[1]:
-        # a sum and not a product with one row, which adds one token after the other: 1e-5 off at 332k tokens
+        # a sum, because a product with one row adds token after token: 1e-5 off at 332k tokens
         return mass + w.sum(-1), moment + (w[..., None] * x).sum(-2)
     with no_autocast(w):
         shared = torch.matmul(w.unflatten(1, (groups, -1)), x)
@@ -56,8 +56,8 @@ def _update(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tu
 def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Add weighted tokens to a state: mass + Σ wₙ and moment + Σ wₙ xₙ (ONNX `infsa::LinearInfSAStateUpdate`).
 
-    The state is a monoid: states add, in any order and grouping, so tokens may come in chunks, from disk or from
-    other machines. Reading it out is moment / (mass + ε).
+    States form a monoid: they add in any order and grouping. Tokens may therefore come in chunks, from disk or from
+    other machines. The result is moment / (mass + ε).
 
     Args:
         weights: w, `[B, H, N]`, any floating dtype.

@@ -1,4 +1,4 @@
-"""Linear-InfSA as the paper writes it, in whatever precision the arguments have: the truth when that is float64."""
+"""Linear-InfSA as in the paper, in the precision of the arguments. In float64 it is the reference result."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from infsa_ops.common import EPSILON, per_head
 
 
 def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """mass + Σ wₙ and moment + Σ wₙ xₙ.
+    """Return mass + Σ wₙ and moment + Σ wₙ xₙ.
 
     Args:
         weights: w, `[B, H, N]`.
-        values: x, `[B, G, N, d]`; each group's serve H/G heads in a row.
+        values: x, `[B, G, N, d]`; H/G consecutive heads share the values of a group.
         mass: `[B, H]`.
         moment: `[B, H, d]`.
 
@@ -28,7 +28,7 @@ def linear_state_update(weights: Tensor, values: Tensor, mass: Tensor, moment: T
 
 
 def linear_scores(q: Tensor, k: Tensor, rho: Tensor | float) -> Tensor:
-    """ρ · aₙ / (Σ a + ε), the weight of every token, `[B, H, N]`, of q and k `[B, H, N, d]`."""
+    """Return ρ · aₙ / (Σ a + ε), the weight of every token, `[B, H, N]`, for q and k `[B, H, N, d]`."""
     scale = 1 / math.sqrt(q.shape[-1])
     q, k = q * scale, k * scale
     energy = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
@@ -38,6 +38,6 @@ def linear_scores(q: Tensor, k: Tensor, rho: Tensor | float) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Tensor:
-    """Σ scoreₙ vₙ, the same for every token: `[B, H, N, d_v]` of v `[B, H, N, d_v]`."""
+    """Return Σ scoreₙ vₙ, the same for every token: `[B, H, N, d_v]` for v `[B, H, N, d_v]`."""
     out = (linear_scores(q, k, rho)[..., None] * v).sum(-2, keepdim=True)
     return out.expand_as(v)

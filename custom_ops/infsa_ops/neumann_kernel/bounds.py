@@ -1,6 +1,6 @@
-"""How far T terms are from the limit of the series.
+"""Bounds on the distance of T terms from the limit of the series.
 
-‖Â‖₂ ≤ ‖Â‖_F ≤ 1, so the rest of the series after T terms is at most Σ_{t>T} ρᵗ⁻ᵀ‖S_T‖ = ρ/(1−ρ)·‖S_T‖, with
+‖Â‖₂ ≤ ‖Â‖_F ≤ 1, so the remainder of the series after T terms is at most Σ_{t>T} ρᵗ⁻ᵀ‖S_T‖ = ρ/(1−ρ)·‖S_T‖, with
 S_T = (ρÂ)ᵀV the last term.
 """
 
@@ -15,18 +15,18 @@ from infsa_ops.neumann_kernel.op import neumann_kernel
 
 
 def a_priori_bound(rho: float, terms: int) -> float:
-    """ρ^(T+1) / (1−ρ): the rest relative to ‖V‖_F, for any tokens, with ρ in (0, 1)."""
+    """Return ρ^(T+1) / (1−ρ), a bound on the remainder relative to ‖V‖_F, for any tokens, with ρ in (0, 1)."""
     return float(rho ** (terms + 1) / (1 - rho))
 
 
 def a_posteriori_bound(rho: Tensor | float, last_term: Tensor) -> Tensor:
-    """ρ/(1−ρ) · ‖S_T‖_F: the rest in the Frobenius norm, `[B, H]`, given the last term `[B, H, N, d]`."""
+    """Return ρ/(1−ρ) · ‖S_T‖_F `[B, H]`, a bound on the remainder's Frobenius norm; the last term is `[B, H, N, d]`."""
     rho = torch.as_tensor(rho, dtype=last_term.dtype, device=last_term.device)
     return rho / (1 - rho) * torch.linalg.vector_norm(last_term, dim=(-2, -1))
 
 
 def series_term(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int) -> Tensor:
-    """S_T = (ρÂ)ᵀV in float64, `[B, H, N, d_v]`: T single steps, since the difference of two series cancels."""
+    """Return S_T = (ρÂ)ᵀV in float64, `[B, H, N, d_v]`, by T single steps: subtracting two series would cancel."""
     term = v.double()
     for _ in range(terms):
         term = neumann_kernel(q.double(), k.double(), term, rho)
@@ -34,7 +34,7 @@ def series_term(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int
 
 
 def terms_for(rho: float, tolerance: float) -> int:
-    """The least T whose a-priori bound is at most `tolerance`.
+    """Return the smallest T whose a-priori bound is at most `tolerance`.
 
     Raises:
         ValueError: ρ or the tolerance is not in (0, 1), or not positive.
@@ -42,7 +42,7 @@ def terms_for(rho: float, tolerance: float) -> int:
     if not 0 < rho < 1 or not 0 < tolerance < math.inf:
         raise ValueError(f"rho = {rho}, tolerance = {tolerance}: expected 0 < rho < 1 and a tolerance above 0")
     terms = max(1, math.ceil((math.log(tolerance) + math.log1p(-rho)) / math.log(rho)) - 1)
-    # the logarithms round: step to the exact place
+    # the logarithms are rounded: step to the exact T
     while a_priori_bound(rho, terms) > tolerance:
         terms += 1
     while terms > 1 and a_priori_bound(rho, terms - 1) <= tolerance:

@@ -35,15 +35,15 @@ SCHEMA = onnx.defs.OpSchema(
 
 
 def translate(q: Any, k: Any, v: Any, rho: Any, terms: int) -> Any:
-    """The torch op's node, for `torch.onnx.export(custom_translation_table=…)`."""
+    """Translate the torch op to its ONNX node, for `torch.onnx.export(custom_translation_table=…)`."""
     return onnxscript.values.Opset("infsa", 1).NeumannKernel(q, k, v, rho, terms=terms)
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
-    """The operator in standard ONNX operators of version `opset`, for tokens of `dtype` and the T of `attributes`.
+    """Build the operator from standard ONNX operators of version `opset`, for tokens of `dtype` and T of `attributes`.
 
-    ONNX functions can't unroll by an attribute, so a body serves one T. (A Loop over the terms would serve all;
-    TensorRT's parser refuses a Scan inside a Loop.)
+    ONNX functions can't unroll by an attribute, so a body serves one T. A Loop over the terms would serve all T, but
+    TensorRT's parser refuses a Scan inside a Loop.
     """
     terms = attributes["terms"].as_int()
 

@@ -49,7 +49,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
 
 
 def _definition(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, terms: int) -> Tensor:
-    """Return the series by the whole N×N matrix: the derivatives' memory is quadratic in N."""
+    """Compute the series with the whole N×N matrix; the derivatives' memory is quadratic in N."""
     dtype = at_least_float32(q.dtype)
     with no_autocast(q):
         return reference.neumann_kernel(q.to(dtype), k.to(dtype), v.to(dtype), rho, terms).to(v.dtype)
@@ -59,16 +59,16 @@ register_derivatives(_neumann_kernel, _definition)
 
 
 def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int = 1) -> Tensor:
-    """Σ_{t=1..T} (ρÂ)ᵗ V with Â = relu(q̂k̂ᵀ) / (‖relu(q̂k̂ᵀ)‖_F + ε) (ONNX `infsa::NeumannKernel`).
+    """Compute Σ_{t=1..T} (ρÂ)ᵗ V with Â = relu(q̂k̂ᵀ) / (‖relu(q̂k̂ᵀ)‖_F + ε) (ONNX `infsa::NeumannKernel`).
 
-    The Neumann series of Pure InfSA (arXiv 2603.00175), a tile at a time: memory is linear in N, time
-    is T·N². q̂ and k̂ are scaled by 1/√d.
+    This is the Neumann series of Pure InfSA (arXiv 2603.00175), one tile at a time. Memory is linear in N, time is
+    T·N². q̂ and k̂ are scaled by 1/√d.
 
     Args:
         q, k: `[B, H, N, d]`, floating.
         v: `[B, H, N, d_v]`, dtype of `q`. With the identity, d_v = N, one term is the scores ρÂ.
         rho: discount in (0, 1), a scalar or `[H]`.
-        terms: T, at least 1; 1 is what the reference package computes.
+        terms: T, at least 1; the reference package computes 1.
 
     Returns:
         `[B, H, N, d_v]`, dtype of `v`.

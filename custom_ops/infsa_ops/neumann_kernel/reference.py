@@ -1,4 +1,4 @@
-"""Pure InfSA with the whole N×N matrix, in whatever precision the arguments have: the truth when that is float64."""
+"""Pure InfSA with the whole N×N matrix, in the precision of the arguments. In float64 it is the reference result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infsa_ops.common import EPSILON, per_head
 
 
 def neumann_scores(q: Tensor, k: Tensor, rho: Tensor | float) -> Tensor:
-    """ρÂ with A = relu(q̂ k̂ᵀ) and Â = A / (‖A‖_F + ε): `[B, H, N, N]` of q and k `[B, H, N, d]`."""
+    """Return ρÂ with A = relu(q̂ k̂ᵀ) and Â = A / (‖A‖_F + ε): `[B, H, N, N]` for q and k `[B, H, N, d]`."""
     affinity = torch.relu(q @ k.transpose(-1, -2) / q.shape[-1])
     # rows, then columns: in float32 one sum over all of N² is off by 2e-4 at N = 4097, and so are the derivatives
     norm = torch.linalg.vector_norm(affinity, dim=-1, keepdim=True)
@@ -18,7 +18,7 @@ def neumann_scores(q: Tensor, k: Tensor, rho: Tensor | float) -> Tensor:
 
 
 def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: int = 1) -> Tensor:
-    """Σ_{t=1..T} (ρÂ)ᵗ V, `[B, H, N, d_v]` of v `[B, H, N, d_v]`."""
+    """Return Σ_{t=1..T} (ρÂ)ᵗ V, `[B, H, N, d_v]` for v `[B, H, N, d_v]`."""
     scores = neumann_scores(q, k, rho)
     term = scores @ v
     total = term
@@ -29,9 +29,9 @@ def neumann_kernel(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, terms: 
 
 
 def neumann_limit(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float) -> Tensor:
-    """((I − ρÂ)⁻¹ − I) V, what the series converges to, solved densely in float64.
+    """Return the limit of the series, ((I − ρÂ)⁻¹ − I) V, by a dense solve in float64.
 
-    Katz centrality's kernel; the fundamental matrix of an absorbing Markov chain, less the identity.
+    This is Katz centrality's kernel; the fundamental matrix of an absorbing Markov chain, less the identity.
     """
     scores = neumann_scores(q.double(), k.double(), rho)
     identity = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)

@@ -1,1 +1,1 @@
-"""The affinity operators on a GPU, in Triton's language."""
+"""Triton kernel of the affinity operators, for GPUs."""

@@ -1,13 +1,14 @@
-"""The tile of Pure InfSA on tensor cores, in Triton: relu(q kᵀ) v and Σ relu(q kᵀ)², N×N never in memory.
+"""Triton kernel of Pure InfSA on tensor cores: relu(q kᵀ) v and Σ relu(q kᵀ)². The N×N matrix is never stored.
 
 One program takes a block of the queries of one head and loops over all keys. Tokens past the end and columns past the
-width are loaded as zeros, whose affinities relu(0) add exactly nothing, so only loads and the last store are masked.
-The scale 1/d comes after the sums, where it costs nothing.
+width are loaded as zeros, whose affinities relu(0) add exactly zero, so only loads and the last store are masked.
+The scale 1/d is applied after the sums, where it costs nothing.
 
-Sums inside a tensor core round towards zero. In tf32x3 Triton adds each block of keys to the accumulator outside of it,
-to nearest. In 16 bits the accumulator stays inside and loses at most M/8 · 2⁻²³ of Σ |A v|: 5e-3 at M = 331,777.
+Sums inside a tensor core round towards zero. In tf32x3 Triton adds each block of keys to the accumulator outside the
+tensor core, rounding to nearest. In 16 bits the accumulator stays inside and loses at most M/8 · 2⁻²³ of Σ |A v|:
+5e-3 at M = 331,777.
 
-`affinity_launch` chooses the blocks and launches; nothing else imports this module, because it needs triton.
+`affinity_launch` chooses the blocks and launches the kernel. Nothing else imports this module: it needs triton.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import triton.language as tl
 
 @triton.jit
 def _tile(start, row_stride, column_stride, rows, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """`[ROWS, PADDED]` from `start`, zero from row `rows` and from column WIDTH on.
+    """Load `[ROWS, PADDED]` from `start`; rows from `rows` on and columns from WIDTH on are zero.
 
-    Offsets within a tile are 32 bits wide: what is left of them after `start` is at most 128 strides.
+    Offsets within a tile are 32 bits wide: counted from `start` they are at most 128 strides.
     """
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
     inside = row < rows
@@ -31,11 +32,11 @@ def _tile(start, row_stride, column_stride, rows, ROWS: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def _head(tensor, stride, batch, head):
-    """Where a head begins, in 64 bits: B·H·N·d passes 2³¹."""
+    """Return the address of a head, computed in 64 bits because B·H·N·d exceeds 2³¹."""
     return tensor + batch.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1]
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "keys"])  # images of every size share what is compiled
+@triton.jit(do_not_specialize=["heads", "queries", "keys"])  # images of every size share one compiled kernel
 def affinity(
     q, k, v, longest, product, squares,
     q_stride, k_stride, v_stride, product_stride,
@@ -45,7 +46,7 @@ def affinity(
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
     PRODUCT: tl.constexpr, SQUARES: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: A V / d, and d² ‖A‖²_F of its rows, A = relu(q kᵀ / d).
+    """Compute A V and d² ‖A‖²_F for one block of queries of one head, with A = relu(q kᵀ / d).
 
     Args:
         q, k: `[B, H, N, d]` and `[B, H, M, d]` of one dtype, float32, float16 or bfloat16, any strides.
@@ -56,10 +57,10 @@ def affinity(
         *_stride: the four strides of a tensor.
         heads, queries, keys: H, N, M.
         WIDTH, VALUE_WIDTH: d, d_v.
-        PADDED, PADDED_VALUE: the same as powers of two, at least 16.
-        QUERIES, KEYS: of a tile.
-        PRODUCT, SQUARES: what is wanted.
-        SCALED: bring affinities to at most 1 before they are rounded to v's dtype: float16 ends at 65504.
+        PADDED, PADDED_VALUE: d and d_v rounded up to powers of two, at least 16.
+        QUERIES, KEYS: queries and keys per tile.
+        PRODUCT, SQUARES: outputs to compute.
+        SCALED: scale affinities to at most 1 before they are rounded to v's dtype: float16 ends at 65504.
     """
     blocks = tl.cdiv(queries, QUERIES)
     program = tl.program_id(0)
@@ -77,7 +78,7 @@ def affinity(
         value_at = _head(v, v_stride, batch, head)
         weighted = tl.zeros([QUERIES, PADDED_VALUE], tl.float32)
     if SQUARES:
-        # row by row, compensated: over 331,777 equal tokens a plain float32 sum is off by 4e-5
+        # row by row, with compensation: over 331,777 equal tokens a plain float32 sum is off by 4e-5
         energy = tl.zeros([QUERIES], tl.float32)
         lost = tl.zeros([QUERIES], tl.float32)
     for start in range(0, keys, KEYS):

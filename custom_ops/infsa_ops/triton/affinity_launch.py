@@ -1,8 +1,8 @@
-"""Launching the Triton kernel: which tensors it takes, which blocks, what goes in and what comes out.
+"""Launch of the Triton kernel: supported tensors, choice of blocks, preparation of inputs and outputs.
 
-No GPU was at hand when this was written: the kernel is right in Triton's interpreter and compiles for sm_80 and sm_90.
-Blocks are chosen by what fits in registers and shared memory, not by timing, which is
-`scripts/benchmarks/bench_kernel.py --sweep`.
+This was written without a GPU: the kernel is correct in Triton's interpreter and compiles for sm_80 and sm_90. Blocks
+are chosen to fit in registers and shared memory, not by timing. `scripts/benchmarks/bench_kernel.py --sweep` times
+them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ from torch import Tensor
 from infsa_ops.tiled_affinity import TILED, Sweeps
 
 WIDEST = 128
-"""Columns of q, k or v that a program holds."""
+"""Maximum number of columns of q, k or v in a program."""
 
 STRIDES = 1 << 24
-"""Of tokens and columns together: offsets within a tile, of at most 128 × 128, are 32 bits."""
+"""Upper limit of the token stride plus the column stride: offsets within a tile of at most 128 × 128 are 32 bits."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Of a launch: queries a program takes, keys at a time, its warps, and how many tiles of keys are in flight."""
+    """Block sizes of a launch.
+
+    Attributes:
+        queries: queries per program.
+        keys: keys per tile.
+        warps: warps per program.
+        stages: tiles of keys in flight.
+    """
 
     queries: int
     keys: int
@@ -48,33 +55,38 @@ BLOCKS = {
         (32, 128): Blocks(128, 16, 8, 2),
     },
 }
-"""By compute capability, then by bits of the dtype and widest operand. Those of 8.0 serve every other card from 8.0 on:
-they stay within 99 KiB of shared memory. A table, not `triton.autotune`: that would run the kernel many times at the
-first image of a size, and what it chose would decide the order of sums."""
+"""Blocks by compute capability, then by bits of the dtype and width of the widest operand.
+
+Those of 8.0 also serve every other card from 8.0 on: they stay within 99 KiB of shared memory. A table is used, not
+`triton.autotune`, which would run the kernel many times at the first image of a size. Its choice would also change the
+order of sums."""
 
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of a CUDA device; (0, 0) of any other, ROCm's too, whose matrix units have no tf32x3."""
+    """Return the compute capability of a CUDA device.
+
+    Any other device gives (0, 0), ROCm devices too: their matrix units have no tf32x3.
+    """
     if device.type != "cuda" or torch.version.hip:
         return 0, 0
     return torch.cuda.get_device_capability(device)
 
 
 def padded(width: int) -> int:
-    """The power of two, at least 16, that a width becomes in a tile."""
+    """Round a width up to a power of two, at least 16, its width in a tile."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def blocks_for(device: torch.device, dtype: torch.dtype, width: int) -> Blocks:
-    """The blocks for operands of `dtype`, the widest of `width` columns."""
+    """Return the blocks for operands of `dtype`; the widest operand has `width` columns."""
     table = BLOCKS.get(capability(device), BLOCKS[8, 0])
     return table[torch.finfo(dtype).bits, 64 if width <= 64 else 128]
 
 
 @cache
 def _kernel() -> Any:
-    """The kernel, or None, with a warning, where triton is missing."""
+    """Return the kernel; without triton, warn and return None."""
     try:
         from infsa_ops.triton.affinity_kernel import affinity
     except ImportError as error:
@@ -88,9 +100,10 @@ def _kernel() -> Any:
 
 
 def sweeps_for(*operands: Tensor) -> Sweeps:
-    """The kernel's sweeps where it takes q, k and, if given, v; else the tile loop in torch.
+    """Return the kernel's passes if it supports q, k and, if given, v; otherwise the tile loop in torch.
 
-    It takes float32, float16 and bfloat16 on compute capability 8.0 and later, widths up to 128, no empty tensors.
+    The kernel supports float32, float16 and bfloat16 on compute capability 8.0 and later, widths up to 128, no
+    empty tensors.
     """
     fits = operands[0].dtype in (torch.float32, torch.float16, torch.bfloat16) and all(
         tensor.shape[-1] <= WIDEST and tensor.numel() and sum(tensor.stride()[2:]) < STRIDES for tensor in operands
@@ -101,7 +114,7 @@ def sweeps_for(*operands: Tensor) -> Sweeps:
 
 
 def _as_values(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """v in `dtype`, and the unit `[B, H, 1, 1]` it is in: its largest magnitude per head where float16 needs one."""
+    """Return v in `dtype` and its unit `[B, H, 1, 1]`: the largest magnitude per head for float16, else None."""
     if v.dtype == dtype or dtype != torch.float16:
         return v.to(dtype), None
     unit = v.abs().amax((-2, -1), keepdim=True)
@@ -110,7 +123,7 @@ def _as_values(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor | None, product: Tensor | None, squares: bool) -> Tensor:
-    """Run the kernel on v of q's dtype, which fills `product`; Σ A², float64 `[B, H]`, zeros unless `squares`."""
+    """Run the kernel on v of q's dtype and fill `product`; return Σ A², float64 `[B, H]`, zeros unless `squares`."""
     batch, heads, queries, width = q.shape
     value_width = width if v is None else v.shape[-1]
     blocks = blocks_for(q.device, q.dtype, max(width, value_width))
@@ -149,4 +162,4 @@ KERNEL = Sweeps(
     product=lambda q, k, v: _weighted(q, k, v, False)[0],
     squares=lambda q, k: _launch(q, k, None, None, True),
 )
-"""On tensor cores. float32 in tf32x3; in 16 bits q, k, A and v are rounded to 16 bits, sums are float32."""
+"""Implementation on tensor cores. float32 runs in tf32x3; in 16 bits q, k, A and v are rounded, sums are float32."""
