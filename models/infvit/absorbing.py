@@ -1,4 +1,4 @@
-"""The absorbing-chain reading of Pure InfSA's limit, by walking the chain.
+"""Absorbing-chain interpretation of Pure InfSA's limit, checked by simulating the chain.
 
 With S = ρÂ of one head and h > 0 such that Sh < h in every entry, P = D⁻¹SD, D = diag(h), is a Markov chain: from token
 n a walker goes to m with probability P_nm = S_nm·h_m/h_n and is absorbed with the rest. Expected visits to m, the start
@@ -12,7 +12,7 @@ so visits are the column Katz centrality, each weighed by its h_m. There is alwa
     perron    the right Perron vector of S, where it is positive: every row of P sums to ρλ(Â).
     katz      (I − S)⁻¹1 ≥ 1, for which Sh = h − 1: rows of P sum to 1 − 1/h_n. It exists for every S.
 
-This is of the series' limit: a network that computes T = 1 uses its first term.
+This describes the limit of the series: a network that computes T = 1 uses its first term.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Kind = Literal["literal", "perron", "katz"]
 Floats = NDArray[np.float64]
 
 BATCHES = 64
-"""Groups of walkers whose means the standard errors are taken from."""
+"""Groups of walkers; the standard errors are computed from their means."""
 
 ALLOWANCE = 5.0
-"""Standard errors a simulation may be off: by chance it is in about one of 600,000 comparisons."""
+"""Allowed deviation in standard errors; about one of 600,000 comparisons exceeds it by chance."""
 
 SERIES = 1e-5
 """Relative tolerance of the series the visits are compared with: two orders below what a million walkers resolve."""
@@ -55,7 +55,7 @@ class Chain:
 
 
 def make_chain(q: Tensor, k: Tensor, rho: float, perron: Tensor) -> Chain:
-    """The first of literal, perron and katz that holds.
+    """Return the first valid chain of literal, perron and katz.
 
     Args:
         q, k: of one head, float64 `[N, d]`, not yet scaled.
@@ -73,7 +73,7 @@ def make_chain(q: Tensor, k: Tensor, rho: float, perron: Tensor) -> Chain:
 
 
 def expected_visits(q: Tensor, k: Tensor, rho: float, weights: Tensor) -> Floats:
-    """e `[N]`, by the series of column Katz to a relative `SERIES`. Arguments as those of `simulate`."""
+    """Compute e `[N]` by the series of column Katz to a relative `SERIES`. Arguments as those of `simulate`."""
     limit, _ = katz_limit(q[None, None], k[None, None], rho, "left", SERIES)
     return (limit.flatten() * weights / weights.sum()).numpy()
 
@@ -89,7 +89,7 @@ def simulate(q: Tensor, k: Tensor, rho: float, weights: Tensor, walkers: int, ra
         weights: h, float64 `[N]`, positive.
         walkers: how many, rounded up to whole batches. They start spread as evenly as h allows and are dealt to the
             batches at random, so errors taken from the batches are a little too large rather than too small.
-        random: where chance comes from.
+        random: source of random numbers.
 
     Raises:
         ValueError: a row of P sums to 1 or more: with these weights it is no absorbing chain.
@@ -114,7 +114,7 @@ def simulate(q: Tensor, k: Tensor, rho: float, weights: Tensor, walkers: int, ra
 
 
 def _step(at: NDArray[np.intp], queries: Floats, keys: Floats, random: np.random.Generator) -> NDArray[np.intp]:
-    """Where walkers at tokens `at`, in ascending order, go; N is absorbed."""
+    """Return the next tokens of walkers at tokens `at`, in ascending order; N means absorbed."""
     tokens = len(queries)
     stands, first = np.unique(at, return_index=True)
     ends = np.append(first, len(at))
@@ -135,7 +135,7 @@ def _step(at: NDArray[np.intp], queries: Floats, keys: Floats, random: np.random
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far simulated visits are from expected ones.
+    """Deviation of simulated visits from expected ones.
 
     Attributes:
         visits, expected: of a walker, all tokens together.
@@ -144,7 +144,7 @@ class Deviation:
         distance: ‖v − e‖ in root mean squares of what chance makes of it. Over the allowance is as rare as for one
             normal variable: no weighted sum of squares has heavier tails (Székely & Bakirov 2003).
         relative: ‖v − e‖ / ‖e‖; 0 where nothing is expected.
-        chance: what chance makes of `relative`, root mean square.
+        chance: root mean square of `relative` expected by chance.
     """
 
     visits: float
@@ -157,7 +157,7 @@ class Deviation:
 
     @property
     def errors(self) -> float:
-        """The largest of the three, in standard errors: what is compared with `ALLOWANCE`."""
+        """The largest of the three, in standard errors; it is compared with `ALLOWANCE`."""
         return max(self.total, self.weighed, self.distance)
 
     def __bool__(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which tokens are attended to: the scores of Linear-InfSA, the Katz series, the principal eigenvectors.
+"""Centrality of tokens: the scores of Linear-InfSA, the Katz series, the principal eigenvectors.
 
 Per head, with A = relu(q̂k̂ᵀ), Â = A/(‖A‖_F + ε) and S = ρÂ (arXiv 2603.00175):
 
@@ -23,7 +23,7 @@ from infsa_ops.linear_state import reference
 from infsa_ops.neumann_kernel.bounds import a_posteriori_bound
 
 MAX_TERMS = 100_000
-"""Of a series that is followed to its limit."""
+"""Maximum number of terms of a series that is summed to its limit."""
 Side = Literal["left", "right"]
 
 SHIFT = 0.1
@@ -48,7 +48,7 @@ class Principal(NamedTuple):
 
 
 def linear_scores(q: Tensor, k: Tensor) -> Tensor:
-    """aₙ / (Σ a + ε) with aₙ = relu(q̄·k̂ₙ), dtype of `q` `[B, H, N]`; q and k `[B, H, N, d]`, not yet scaled."""
+    """Return aₙ / (Σ a + ε), aₙ = relu(q̄·k̂ₙ): `[B, H, N]`, dtype of `q`; q and k `[B, H, N, d]`, not yet scaled."""
     return reference.linear_scores(q, k, 1.0)
 
 
@@ -57,7 +57,7 @@ def _ones(q: Tensor) -> Tensor:
 
 
 def row_sums(q: Tensor, k: Tensor, rho: Tensor | float) -> Tensor:
-    """Sums of the rows of S, `[B, H, N]`. Where all are below 1, S is an absorbing Markov chain as it stands."""
+    """Return the row sums of S, `[B, H, N]`. If all are below 1, S is an absorbing Markov chain as it stands."""
     return infsa_ops.neumann_kernel(q, k, _ones(q), rho)[..., 0]
 
 
@@ -82,9 +82,9 @@ def katz(q: Tensor, k: Tensor, rho: Tensor | float, terms: int = 1) -> Tensor:
 def katz_limit(
     q: Tensor, k: Tensor, rho: Tensor | float, side: Side = "left", tolerance: float = 1e-8
 ) -> tuple[Tensor, int]:
-    """What the series converges to: 1ᵀ((I − S)⁻¹ − I) from the left, ((I − S)⁻¹ − I)1 from the right.
+    """Compute the limit of the series: 1ᵀ((I − S)⁻¹ − I) from the left, ((I − S)⁻¹ − I)1 from the right.
 
-    Terms are added until `a_posteriori_bound` is within the tolerance. ‖S‖ ≤ ρ < 1, so there is an end.
+    Terms are added until `a_posteriori_bound` is within the tolerance. ‖S‖ ≤ ρ < 1, so this ends.
 
     Args:
         q, k: `[B, H, N, d]`, not yet scaled; computed in float64.
@@ -130,7 +130,7 @@ def principal(q: Tensor, k: Tensor, side: Side = "left", tolerance: float = 1e-1
         q, k: `[B, H, N, d]`, not yet scaled.
         side: `left` of tokens that are attended to, `right` of those that attend.
         tolerance: of the residual.
-        max_steps: after so many it is what it is by then; its residual tells.
+        max_steps: upper limit of the steps; the residual tells how far the iteration came.
     """
     shape = q.shape[:2]
     q, k = q.double().flatten(0, 1), k.double().flatten(0, 1)
@@ -142,9 +142,9 @@ def principal(q: Tensor, k: Tensor, side: Side = "left", tolerance: float = 1e-1
 
 
 def _principal(q: Tensor, k: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, int, Tensor]:
-    """Of one head, `[1, 1, N, d]`: no more affinities at a time than a cache has room for."""
+    """Run `principal` for one head, `[1, 1, N, d]`, so that the affinities of a step fit in the cache."""
     vector = _ones(q) / math.sqrt(q.shape[2])
-    walks = _ones(q)  # 1 where a walk of as many steps as were made begins
+    walks = _ones(q)  # 1 if a walk of as many steps as made so far begins here
     zero = q.new_zeros(())
     eigenvalue, residual = zero, zero + math.inf
     for step in range(1, max_steps + 1):

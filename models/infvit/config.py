@@ -1,4 +1,4 @@
-"""The shape of an InfViT and the sizes the paper names."""
+"""Configuration of an InfViT, and the sizes named in the paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 Variant = Literal["linear_infsa", "pure_infsa", "softmax"]
 MAX_TERMS = 1000
-"""Of the Neumann series: each is a sweep over all pairs of tokens, and unrolled in a graph."""
+"""Maximum number of terms of the Neumann series; each is a pass over all pairs of tokens, unrolled in a graph."""
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 

@@ -4,7 +4,7 @@ In Linear-InfSA the output is one vector per head, so the projections around it 
 
 1. Keys are never formed: q̄·k̂ₙ = (W_kᵀq̄)·yₙ + q̄·b_k, one E-vector per head against the tokens yₙ.
 2. Values are never formed: Σ aₙ(W_v yₙ + b_v) = W_v Σ aₙyₙ + b_v Σ aₙ.
-3. The output projection meets one vector, not N.
+3. The output projection takes one vector, not N.
 
 For every variant:
 
@@ -37,9 +37,9 @@ from infvit.rewrite import is_plain, is_untouched, with_children
 
 
 class FoldedLinearAttention(nn.Module):
-    """Linear-InfSA of tokens `[B, N, E]` by rewrites 1 to 3: what all tokens receive, `[B, 1, E]`.
+    """Linear-InfSA by rewrites 1 to 3: tokens `[B, N, E]` to the output shared by all tokens, `[B, 1, E]`.
 
-    Its steps are sums over tokens, so chunks of them can take each step one by one (`infvit.stages`).
+    Its steps are sums over tokens, so each step can run chunk by chunk (`infvit.stages`).
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -47,13 +47,13 @@ class FoldedLinearAttention(nn.Module):
         self.attention = attention
 
     def energy(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ eₙ `[B, H]` and Σ eₙq̂ₙ `[B, H, d]`."""
+        """Return Σ eₙ `[B, H]` and Σ eₙq̂ₙ `[B, H, d]`."""
         queries = self.attention.q_proj(tokens).unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2)
         queries = queries * self._scale(tokens)
         return _sums(torch.linalg.vector_norm(queries, dim=-1), queries)
 
     def scores(self, tokens: Tensor, mass: Tensor, moment: Tensor) -> Tensor:
-        """aₙ `[B, H, N]`, of the sums that `energy` gives."""
+        """Return aₙ `[B, H, N]`, from the sums of `energy`."""
         heads = self.attention.num_heads
         mean_query = moment / (mass[..., None] + EPSILON) * self._scale(tokens)
         # one key direction per head, [B, H, E], instead of N keys
@@ -65,11 +65,11 @@ class FoldedLinearAttention(nn.Module):
         return torch.relu(score)
 
     def gather(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ aₙ `[B, H]` and Σ aₙyₙ `[B, H, E]`."""
+        """Return Σ aₙ `[B, H]` and Σ aₙyₙ `[B, H, E]`."""
         return _sums(scores, tokens[:, None])
 
     def out(self, mass: Tensor, moment: Tensor) -> Tensor:
-        """What all tokens receive, `[B, 1, E]`, of the sums that `gather` gives."""
+        """Return the output shared by all tokens, `[B, 1, E]`, from the sums of `gather`."""
         value = _values(self.attention, mass, moment)
         mixed = self.attention.rho.reshape(-1, 1) * value / (mass[..., None] + EPSILON)
         return self.attention.project_out(mixed.flatten(1)[:, None])
@@ -109,7 +109,7 @@ class ClassTokenPureAttention(nn.Module):
         return _sums(torch.relu(query @ keys.transpose(-1, -2))[:, :, 0], tokens[:, None])
 
     def out(self, mass: Tensor, moment: Tensor, squared_norm: Tensor) -> Tensor:
-        """What the class token receives, `[B, 1, E]`, of the sums that `row` gives and ‖A‖²_F `[B, H]`."""
+        """Return the class token's output, `[B, 1, E]`, from the sums of `row` and ‖A‖²_F `[B, H]`."""
         value = _values(self.attention, mass, moment)
         mixed = self.attention.rho.reshape(-1, 1) * value / (torch.sqrt(squared_norm)[..., None] + EPSILON)
         return self.attention.project_out(mixed.flatten(1)[:, None])
@@ -233,7 +233,7 @@ def _cut(layer: nn.Module) -> nn.Module:
 
 
 def fold(network: InfViT) -> InfViT:
-    """A network that computes the same logits and features with rewrites 1 to 5.
+    """Return a network that computes the same logits and features with rewrites 1 to 5.
 
     `network` stays as it was, and the weights are shared but for those of rewrite 5. The class-token cut needs an
     `InfViT` and an `Encoder` as they are: a subclass may read other tokens.
@@ -257,14 +257,14 @@ def can_fold_normalisation(network: InfViT) -> bool:
 
 
 def fold_normalisation(network: InfViT, mean: Sequence[float], std: Sequence[float]) -> InfViT:
-    """A network that takes pixels as they are, `[B, H, W, 3]` from 0 to 255, by rewrite 6.
+    """Return a network that takes unnormalised pixels, `[B, H, W, 3]` from 0 to 255, by rewrite 6.
 
     Args:
         network: takes normalised pixels `[B, 3, H, W]`; stays as it was.
         mean, std: of the pixels in [0, 1], per channel.
 
     Raises:
-        ValueError: a patch embedding for which `can_fold_normalisation` says no.
+        ValueError: `can_fold_normalisation` returns false for the network.
     """
     if not can_fold_normalisation(network):
         raise ValueError("patch_embed is not the plain convolution of InfViT: its normalisation cannot be folded")

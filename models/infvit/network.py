@@ -49,7 +49,7 @@ class Attention(nn.Module):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `[B, heads, N, head_dim]`, of tokens `[B, N, E]`."""
+        """Return queries, keys and values, each `[B, heads, N, head_dim]`, for tokens `[B, N, E]`."""
         return (
             self._heads(self.q_proj(tokens)),
             self._heads(self.k_proj(tokens)),
@@ -150,7 +150,7 @@ class InfViT(nn.Module):
             attention.neumann_terms = terms
 
     def forward_features(self, pixels: Tensor) -> Tensor:
-        """What the head sees, `[B, E]`: the class token after the final norm and the pooler, if any."""
+        """Return the input of the head, `[B, E]`: the class token after the final norm and the pooler, if any."""
         features: Tensor = self.encoder(self.embed(pixels))[:, 0]
         return features if self.pooler is None else torch.tanh(self.pooler(features))
 

@@ -20,8 +20,8 @@ def cubic_weights(points: Tensor, size: int | Tensor, trained: int) -> Tensor:
     align_corners=False)` along one axis. The identity when `size == trained`.
 
     Args:
-        points: which of them, `[n]`, whole numbers from 0, floating.
-        size: of the whole axis.
+        points: their indices, `[n]`, whole numbers from 0, floating.
+        size: points of the whole axis.
         trained: points of the trained axis.
 
     Returns:

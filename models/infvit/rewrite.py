@@ -32,7 +32,7 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def with_children(module: Module, **children: nn.Module | None) -> Module:
-    """The module with other children: a shallow copy, weights shared, the original as it was."""
+    """Return the module with other children: a shallow copy, weights shared, the original as it was."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
     return twin

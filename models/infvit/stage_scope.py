@@ -29,11 +29,11 @@ class StageScope(StrEnum):
 
     @property
     def is_pairwise(self) -> bool:
-        """Tell whether a stage meets all pairs of tokens."""
+        """Tell whether a stage is called for all pairs of tokens."""
         return self is StageScope.PAIRS
 
     def max_rows(self, chunk: int) -> int:
-        """Return the most tokens that a stage is called for at a time, of chunks of so many."""
+        """Return the largest number of tokens per call of a stage, for chunks of `chunk` tokens."""
         return 1 if self.runs_once else chunk * PAIR_CHUNKS if self.is_pairwise else chunk
 
 

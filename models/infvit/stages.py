@@ -1,20 +1,27 @@
-"""A folded network cut into sweeps over its tokens, which meet only in sums that add.
+"""Stages of a folded network: modules over chunks of its tokens, which share only sums that add.
 
-Each is a module over a chunk of tokens; whoever adds what the chunks give has what the network would have had at once:
+Adding the outputs of all chunks gives the result of the whole network. A stage is a `StageModule`, known by its name:
+
+    start    Start               embed    Embed                score    Score
+    attend   Attend              again    NeumannTerm          apply    Apply
+    norm     AffinityNorm        row      ClassTokenRow        head     Head
+    columns  ColumnSums          columnsagain  NextColumnSums
+
+The stages of a network with L layers and T terms run in this order:
 
     linear      start, embed, [score, apply]×(L−1), score, head
     pure        start, embed, [attend, again×(T−1), apply]×(L−1), and norm, row, head (one term)
                                                               or attend, again×(T−1), head
 
-and, where somebody asks which tokens are attended to, columns×T before each apply, row and head of pure; the scores of
-linear come by the way.
+If token centrality is wanted, pure also runs columns (the first term) and columnsagain×(T−1) before each apply, row and
+head. The scores of linear are its centrality and need no further stage.
 
-`apply` of one layer gathers for the next, so that tokens are read and written once. In pure `attend` meets blocks of
-queries and keys; its last layer, cut to the class token (`infvit.fold`), needs the norm of A and one row of it.
+`apply` of one layer also gathers for the next, so tokens are read and written once. In pure, `attend` takes blocks of
+queries and keys. With one term the last layer, cut to the class token (`infvit.fold`), needs the norm of A and one row.
 
-Names are what they are in `infsa_ops`. Token by token: `tokens` `[B, n, E]`, `q`, `k`, `v` and `mixed` `[B, n, E]`,
-heads side by side; `centrality` `[B, n, H]`. Sums: `mass` `[B, H]`, `moment` `[B, H, ·]`, `squared_norm` `[B, H]`. Of
-the first token: `query`.
+Names are those of `infsa_ops`. Per token: `tokens` `[B, n, E]`; `q`, `k`, `v` and `mixed` `[B, n, E]`, with the heads
+concatenated; `centrality` `[B, n, H]`. Sums: `mass` `[B, H]`, `moment` `[B, H, ·]`, `squared_norm` `[B, H]`. The first
+token only: `query`.
 """
 
 from __future__ import annotations
@@ -44,13 +51,13 @@ from infvit.stage_scope import StageScope
 
 
 class StageModule(nn.Module):
-    """One of the modules; `forward` takes `inputs` and returns a tuple of `outputs`.
+    """Base class of the stages; `forward` takes `inputs` and returns a tuple of `outputs`.
 
     Attributes:
-        name: of its file.
-        over: the tokens that it is called for.
+        name: name of its file.
+        over: tokens it is called for.
         inputs, outputs: names, in order.
-        optional: only for the centrality of tokens.
+        optional: true for a stage that serves only token centrality.
     """
 
     name = ""
@@ -61,7 +68,7 @@ class StageModule(nn.Module):
 
 
 class Gather(nn.Module):
-    """What a layer takes of a chunk of its tokens before any sum over all of them is known: `outputs`."""
+    """Outputs that a layer computes from a chunk of its tokens before any sum over all tokens is known."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -81,7 +88,7 @@ class Gather(nn.Module):
 
 
 def _needs(layer: Layer) -> tuple[str, ...]:
-    """Names of what `_apply` needs besides tokens."""
+    """Return the names of the inputs of `_apply` besides tokens."""
     if isinstance(layer.attn, FoldedLinearAttention):
         return "mass", "moment"
     return ("mass", "moment", "squared_norm") if isinstance(layer.attn, ClassTokenPureAttention) else _MIXED
@@ -91,7 +98,7 @@ _MIXED = ("mixed", "squared_norm")
 
 
 def _apply(layer: Layer, tokens: Tensor, *needed: Tensor) -> Tensor:
-    """A layer's output for a chunk of its tokens."""
+    """Compute a layer's output for a chunk of its tokens."""
     attention = layer.attn
     if isinstance(attention, Attention):
         mixed, squared_norm = needed
@@ -103,18 +110,18 @@ def _apply(layer: Layer, tokens: Tensor, *needed: Tensor) -> Tensor:
 
 
 def _scaled(mixed: Tensor, squared_norm: Tensor, rho: Tensor, heads: int) -> Tensor:
-    """ρ A V / (‖A‖_F + ε) of A V `[B, n, E]` and ‖A‖²_F `[B, H]`."""
+    """Return ρ A V / (‖A‖_F + ε) for A V `[B, n, E]` and ‖A‖²_F `[B, H]`."""
     scale = rho.reshape(-1) / (squared_norm.sqrt() + EPSILON)
     return (mixed.unflatten(-1, (heads, -1)) * scale[:, None, :, None]).flatten(2)
 
 
 class Embed(StageModule):
-    """A strip of the image, whole patches, to tokens and what the first layer gathers.
+    """Stage from a strip of the image, in whole patches, to tokens and the outputs of the first layer's `Gather`.
 
     Args:
-        network: folded.
-        layer: its first.
-        normalise: a strip as it lies in the image to what the network's patch embedding takes.
+        network: folded network.
+        layer: its first layer.
+        normalise: converts a strip of the image to the input of the network's patch embedding.
     """
 
     name = "embed"
@@ -130,7 +137,7 @@ class Embed(StageModule):
     def forward(
         self, image: Tensor, row: Tensor, column: Tensor, grid_height: Tensor, grid_width: Tensor
     ) -> tuple[Tensor, ...]:
-        """Positions of a strip whose first patch is at (`row`, `column`) of a grid; both `[1]`, at least float32."""
+        """Embed a strip whose first patch is at (`row`, `column`) of the grid; both are `[1]`, at least float32."""
         patches = self.patch_embed(self.normalise(image))
         height, width = patches.shape[-2:]
         rows, columns = (
@@ -143,7 +150,7 @@ class Embed(StageModule):
 
 
 class Start(StageModule):
-    """The class token, `[1, 1, E]`, and what the first layer gathers of it."""
+    """The class token, `[1, 1, E]`, and the outputs of the first layer's `Gather` for it."""
 
     name = "start"
     over = StageScope.ONCE
@@ -160,7 +167,7 @@ class Start(StageModule):
 
 
 class Score(StageModule):
-    """Scores of Linear-InfSA, and their sums, of the sums of energies."""
+    """Scores of Linear-InfSA and their sums, computed from the sums of energies."""
 
     name = "score"
     inputs = ("tokens", "mass", "moment")
@@ -197,7 +204,7 @@ class Attend(StageModule):
 
 
 class NeumannTerm(Attend):
-    """`Attend` for one more term of the Neumann series: the values are V and, scaled, what the term before gave."""
+    """`Attend` for one more term of the Neumann series: the values are V plus the scaled previous output."""
 
     name = "again"
     inputs = ("q", "k", "v", *_MIXED)
@@ -215,7 +222,7 @@ class NeumannTerm(Attend):
 
 
 class AffinityNorm(Attend):
-    """A block of queries and keys where the norm of A is all that is needed."""
+    """Share of a block of queries and keys in ‖A‖²_F, for layers that need only the norm of A."""
 
     name = "norm"
     inputs = ("q", "k")
@@ -228,8 +235,8 @@ class AffinityNorm(Attend):
 class ColumnSums(Attend):
     """A block of keys and queries: its share of the column sums of Σ_{t=1..T} (ρÂ)ᵗ, Katz centrality.
 
-    The same series with queries and keys exchanged, applied to ones; by Horner's scheme, each time adding one to what
-    the time before gave.
+    This is the same series with queries and keys exchanged, applied to ones. It is computed by Horner's scheme: each
+    term adds one to the output of the previous term.
     """
 
     name = "columns"
@@ -277,7 +284,7 @@ class ClassTokenRow(StageModule):
 
 
 class Apply(StageModule):
-    """A layer's output, and what the following layer gathers of it."""
+    """A layer's output and the outputs of the following layer's `Gather` for it."""
 
     name = "apply"
 
@@ -311,7 +318,7 @@ class Head(StageModule):
 
 
 def _check_plain(network: InfViT, layers: Sequence[Layer]) -> None:
-    """Refuse a module that is not plain: given a chunk of the tokens, it may do something else."""
+    """Refuse a module that is not plain: on a chunk of the tokens its result may differ."""
     plain = {
         "network": is_plain(network, InfViT),
         "patch_embed": isinstance(network.patch_embed, PixelPatchEmbed) or can_fold_normalisation(network),
@@ -333,18 +340,18 @@ def _check_plain(network: InfViT, layers: Sequence[Layer]) -> None:
 
 
 def make_stages(network: InfViT, normalise: nn.Module) -> list[StageModule]:
-    """The sweeps of a network, in order.
+    """Build the stages of a network, in order.
 
     Args:
-        network: as `infvit.fold.fold` returns it, linear or pure.
-        normalise: as of `Embed`.
+        network: result of `infvit.fold.fold`, linear or pure.
+        normalise: see `Embed`.
 
     Returns:
-        A module for each; the same one for what is the same again.
+        One module per stage; identical stages share one module.
 
     Raises:
-        ValueError: a network that is not folded, whose head may read other tokens than the class token; or a module
-            that may mix tokens, which is named.
+        ValueError: the network is not folded, so its head may read other tokens than the class token; or a module may
+            mix tokens. The message names the module.
     """
     *layers, last = network.encoder.layers
     if not isinstance(last, ClassTokenLayer) or network.config.variant == "softmax":

@@ -33,7 +33,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class RawCheckpoint:
-    """What the files say, before any interpretation.
+    """Contents of the files, before any interpretation.
 
     Attributes:
         tensors: as stored, names without the prefixes of DistributedDataParallel and torch.compile.
@@ -75,7 +75,7 @@ def read_weights(path: Path) -> RawCheckpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         CheckpointError: unreadable, too large, not JSON, or not an object.
@@ -224,9 +224,9 @@ def _as_json(config: Any, path: Path) -> dict[str, Any]:
 
 
 def _written_out(value: Any, known: dict[int, int]) -> int:
-    """How much there is of a value, all that it has many times counted many times, each looked at once."""
+    """Return the size of a value written out: shared parts count at every use, but each is visited once."""
     if id(value) not in known:
-        known[id(value)] = 0  # met again within itself, JSON refuses it
+        known[id(value)] = 0  # stays 0 if the value contains itself, which JSON refuses
         inside: Iterable[Any] = ()
         if isinstance(value, Mapping):
             inside = [*value, *value.values()]

@@ -1,4 +1,4 @@
-"""What a layout is, and how a checkpoint's keys are matched with one."""
+"""Layouts of tensor names, and the matching of a checkpoint's keys with them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Match:
-    """How the keys of a checkpoint fit a layout: file key → canonical key, and what doesn't fit."""
+    """Match of a checkpoint's keys with a layout: file key → canonical key, missing and unexpected keys."""
 
     layout: Layout
     renamed: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Checkpoint file or folder → config, state dict, and what else was found beside them."""
+"""Load a checkpoint file or folder: config, state dict, and other settings found with them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from infvit.errors import CheckpointError
 from infvit.network import InfViT
 
 DEFAULT_RHO = 0.95
-"""What the reference package starts training from."""
+"""Discount with which the reference package starts training."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def load_checkpoint(
 
 
 def build_network(checkpoint: Checkpoint) -> InfViT:
-    """The network with the checkpoint's weights, in eval mode. It shares the tensors of `state_dict`."""
+    """Build the network with the checkpoint's weights, in eval mode. It shares the tensors of `state_dict`."""
     with torch.device("meta"):  # no memory for initial values that are replaced at once
         network = InfViT(checkpoint.config)
     network.load_state_dict(checkpoint.state_dict, strict=True, assign=True)

@@ -1,7 +1,7 @@
-"""What a PyTorch file would have done if it were loaded, found out before it is.
+"""Check of a PyTorch file before it is loaded.
 
-A second lock: `torch.load(weights_only=True)` runs no code of a file either, but it takes what these files need not
-have, and what makes little into much.
+This is a second safeguard. `torch.load(weights_only=True)` runs no code of a file either, but it accepts contents that
+checkpoints do not need, and small files that expand to large objects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO
 import torch
 
 LIMIT = 10_000_000
-"""Objects in one object, each counted as often as it is met. A state dict of a thousand tensors has 20,000."""
+"""Objects in one object, each counted at every use. A state dict of a thousand tensors has 20,000."""
 _LEGACY = 5
 """Pickles at the start of a file that is no archive: magic number, protocol, system, objects, keys of the storages."""
 _CODE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
@@ -28,11 +28,11 @@ _NAMES = re.compile(
     r"|torch\._(utils|tensor)\._rebuild_(?!wrapper)\w+|torch\.(cuda\.)?\w+Storage|torch\.serialization\._get_layout"
     r"|collections\.Counter|(__builtin__|builtins)\.(set|complex)"  # in what is kept of an optimiser's schedule
 )
-"""What rebuilds tensors, and their containers: no constructors that are given a number and make as much."""
+"""Names that rebuild tensors and containers; none is a constructor that allocates as much as a number asks for."""
 _TYPES = ("torch.Tensor", "torch.storage.TypedStorage", "torch.storage.UntypedStorage")
-"""May be handed on, as what something is, and not be called: they make as many numbers as they are told."""
+"""Types that may be passed on but not called: called, they allocate as many numbers as requested."""
 _ZIP = b"PK\x03\x04"
-"""How torch.load tells an archive, by these first bytes alone."""
+"""First bytes by which alone torch.load recognises an archive."""
 
 
 class Refused(Exception):
@@ -62,8 +62,10 @@ def check(path: Path) -> None:
 
 
 def _check_archive(archive: zipfile.ZipFile, file: IO[bytes]) -> None:
-    """As torch.save writes it: nothing compressed, so that nothing is larger unpacked, nothing there twice, and nothing
-    before or behind it, so that there are no two ways to read it.
+    """Check that an archive is laid out as torch.save writes it.
+
+    Nothing is compressed, so nothing grows when unpacked. No name occurs twice, and nothing comes before or after the
+    archive, so there is only one way to read it.
     """
     entries = archive.infolist()
     if any("/code/" in entry.filename for entry in entries):
@@ -79,7 +81,7 @@ def _check_archive(archive: zipfile.ZipFile, file: IO[bytes]) -> None:
 
 
 def _count_directories(file: IO[bytes], size: int) -> set[int]:
-    """Where an archive's last records say that its directory begins (APPNOTE.TXT 4.3.14 to 4.3.16)."""
+    """Return the starts of the directory stated in an archive's last records (APPNOTE.TXT 4.3.14 to 4.3.16)."""
     file.seek(max(0, size - 42))
     last = file.read(42)
     found = {int(struct.unpack_from("<I", last, len(last) - 6)[0])} - {0xFFFFFFFF}

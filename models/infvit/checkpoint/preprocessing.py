@@ -1,4 +1,4 @@
-"""How images were prepared in training, as far as a config says."""
+"""Preprocessing of images in training, as far as a config states it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_preprocessing(sources: Iterable[Source]) -> tuple[dict[str, Any], list[
 
 
 def _merge(sources: Iterable[Source]) -> tuple[dict[str, Setting], list[str]]:
-    """What `sources` state, not yet judged."""
+    """Merge the statements of `sources`, not yet checked."""
     merged: dict[str, Setting] = {}
     overridden = []
     for source in sources:

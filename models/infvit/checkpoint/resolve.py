@@ -22,7 +22,7 @@ _RHO_LOGIT = "encoder.layers.0.attn.rho_logit"
 def resolve_config(
     tensors: Mapping[str, Named], settings: Mapping[str, Setting], layout: Layout
 ) -> tuple[InfViTConfig, dict[str, Any]]:
-    """What the network is, from canonical `tensors`, `settings`, and `layout`'s epsilon of the norms.
+    """Build the config from canonical `tensors`, `settings`, and the `layout`'s epsilon of the norms.
 
     Returns:
         The config, and the settings among its own that were assumed.

@@ -1,4 +1,4 @@
-"""What options and config files say, each setting with where it comes from."""
+"""Settings from options and config files, each with its source."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def number(setting: Setting, below: float = sys.float_info.max) -> float:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written: JSON may have halves of surrogate pairs."""
+    """Tell whether a string can be encoded: JSON may contain halves of surrogate pairs."""
     return value == value.encode("utf-8", "replace").decode()
 
 

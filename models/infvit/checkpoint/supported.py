@@ -1,7 +1,7 @@
 """Words of a config that decide what a network computes, and the only answers an InfViT has to them.
 
 Shapes do not tell these. A config that says something else is of another network, which is an error. What does not
-change the function is listed, too (`HARMLESS`), so that any other word can be told: nobody has read it.
+change the function is listed, too (`HARMLESS`), so that any other word can be reported as unread.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ FIXED: dict[str, Fixed] = {
 ARCHITECTURES = ("quickgelu", "rope", "gap", "siglip", "relpos", "parallel", "ijepa")
 """Parts of the names of timm's vision transformers whose tensors may be an InfViT's, and whose function is not."""
 MOST_LISTED = 20
-"""Words that are told one by one."""
+"""Maximum number of words listed one by one."""
 HARMLESS = frozenset({
     # initial values, training, and how the code runs
     "initializer_range", "initializer_factor", "weight_init", "fix_init", "init_std", "dropout", "attention_dropout",

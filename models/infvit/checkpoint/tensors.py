@@ -15,7 +15,7 @@ from infvit.network import InfViT
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_SHARED = 4
-"""Times that the bytes of the storages may be met in tensors."""
+"""Maximum ratio of the bytes of all tensors to the bytes of their storages."""
 FUSED = ".attn.qkv."
 
 
