@@ -2,15 +2,9 @@
 
 from infsa_ops.affinity_product import affinity_product
 from infsa_ops.affinity_squared_norm import affinity_squared_norm
-from infsa_ops.common import EPSILON
+from infsa_ops.common import DOMAIN, EPSILON, VERSION
 from infsa_ops.linear_state import linear_attention, linear_state_update
 from infsa_ops.neumann_kernel import neumann_kernel
-
-DOMAIN = "infsa"
-"""ONNX domain and torch namespace of the operators."""
-
-VERSION = 1
-"""Version of the ONNX domain."""
 
 ALL = ("linear_state", "neumann_kernel", "affinity_squared_norm", "affinity_product")
 """Names of the operators; each has a folder. To add one, add a folder with the same file names and its name here."""

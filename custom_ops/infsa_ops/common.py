@@ -7,6 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+DOMAIN = "infsa"
+"""ONNX domain and torch namespace of the operators."""
+
+VERSION = 1
+"""Version of the ONNX domain."""
+
 EPSILON = 1e-6
 """ε, added to every divisor. The value is the reference package's."""
 

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import infsa_ops
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+    from infsa_ops.onnx_operator import OnnxOperator
+
 OPSET = 20
 DTYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
 """Token types that the operators' bodies take, as `onnx_ir.DataType` has them."""
@@ -25,16 +26,16 @@ MAX_GRID = 8192
 """Patches along a side, at most: 131,072 pixels at patch 16."""
 
 
-def _operators() -> list[ModuleType]:
-    return [importlib.import_module(f"infsa_ops.{name}.function") for name in infsa_ops.ALL]
+def _operators() -> list[OnnxOperator]:
+    return [importlib.import_module(f"infsa_ops.{name}.function").OPERATOR for name in infsa_ops.ALL]
 
 
-def _register_schemas(operators: list[ModuleType]) -> None:
+def _register_schemas(operators: list[OnnxOperator]) -> None:
     import onnx
 
     for operator in operators:
-        if not onnx.defs.has(operator.NAME, infsa_ops.DOMAIN):
-            onnx.defs.register_schema(operator.SCHEMA)
+        if not onnx.defs.has(operator.name, infsa_ops.DOMAIN):
+            onnx.defs.register_schema(operator.schema)
 
 
 def attach_bodies(model: ir.Model) -> ir.Model:
@@ -50,7 +51,7 @@ def attach_bodies(model: ir.Model) -> ir.Model:
     """
     import onnx_ir as ir
 
-    by_name = {operator.NAME: operator for operator in _operators()}
+    by_name = {operator.name: operator for operator in _operators()}
     attributes: dict[str, dict[str, Any]] = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain != infsa_ops.DOMAIN:
@@ -132,7 +133,7 @@ def export_program(
 
     operators = _operators()
     _register_schemas(operators)
-    table: dict[Any, Any] = {operator.TORCH_OP: operator.translate for operator in operators}
+    table: dict[Any, Any] = {operator.torch_op: operator.translate for operator in operators}
     with _evaluating(module), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")  # the exporter warns about its own deprecations and about no torchvision
         program = torch.onnx.export(

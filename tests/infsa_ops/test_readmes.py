@@ -25,12 +25,12 @@ def test_example_runs(operator):
 
 @pytest.mark.parametrize("operator", infsa_ops.ALL)
 def test_table_is_the_schema(operator):
-    function = importlib.import_module(f"infsa_ops.{operator}.function")
-    schema = function.SCHEMA
+    found = importlib.import_module(f"infsa_ops.{operator}.function").OPERATOR
+    schema = found.schema
     documented = re.findall(r"^\| (input|output|attribute) \| `(\w+)` \|", readme(operator), flags=re.MULTILINE)
     assert documented == [
         *(("input", parameter.name) for parameter in schema.inputs),
         *(("output", parameter.name) for parameter in schema.outputs),
         *(("attribute", name) for name in schema.attributes),
     ]
-    assert readme(operator).startswith(f"# {function.NAME}\n")
+    assert readme(operator).startswith(f"# {found.name}\n")

@@ -5,41 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
 
 from infsa_ops import onnx_tiling as tiles
 from infsa_ops.affinity_product import op as _registration  # noqa: F401  (registers the torch op)
+from infsa_ops.common import DOMAIN, VERSION
+from infsa_ops.onnx_operator import OnnxOperator
 
 NAME = "AffinityProduct"
-TORCH_OP = torch.ops.infsa.affinity_product.default
-
-SCHEMA = onnx.defs.OpSchema(
-    NAME,
-    "infsa",
-    1,
-    doc="relu(q k^T / d) v, and the sum of relu(q k^T / d)^2 over all pairs of tokens.",
-    inputs=[
-        onnx.defs.OpSchema.FormalParameter("q", "T", "[B, H, N, d]"),
-        onnx.defs.OpSchema.FormalParameter("k", "T", "[B, H, M, d]"),
-        onnx.defs.OpSchema.FormalParameter("v", "V", "[B, H, M, d_v]"),
-    ],
-    outputs=[
-        onnx.defs.OpSchema.FormalParameter("product", "tensor(float)", "[B, H, N, d_v]"),
-        onnx.defs.OpSchema.FormalParameter("squared_norm", "tensor(float)", "[B, H]"),
-    ],
-    type_constraints=[
-        ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of queries and keys"),
-        ("V", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the values"),
-    ],
-)
 
 
 def translate(q: Any, k: Any, v: Any) -> Any:
     """Translate the torch op to its ONNX node, for `torch.onnx.export(custom_translation_table=…)`."""
-    return onnxscript.values.Opset("infsa", 1).AffinityProduct(q, k, v)
+    return onnxscript.values.Opset(DOMAIN, VERSION).AffinityProduct(q, k, v)
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
@@ -54,4 +34,16 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
         return [product, op.Squeeze(op.Mul(squares, op.Mul(unit, unit)), [-2, -1])]
 
     inputs = [ir.Value(name=name) for name in ("q", "k", "v")]
-    return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})
+    return onnxscript.build_function(trace, inputs, domain=DOMAIN, name=NAME, opset_imports={"": opset})
+
+
+OPERATOR = OnnxOperator(
+    name=NAME,
+    doc="relu(q k^T / d) v, and the sum of relu(q k^T / d)^2 over all pairs of tokens.",
+    torch_op=torch.ops.infsa.affinity_product.default,
+    inputs=(("q", "T", "[B, H, N, d]"), ("k", "T", "[B, H, M, d]"), ("v", "V", "[B, H, M, d_v]")),
+    outputs=(("product", "tensor(float)", "[B, H, N, d_v]"), ("squared_norm", "tensor(float)", "[B, H]")),
+    translate=translate,
+    body=body,
+    types={"T": "dtype of queries and keys", "V": "dtype of the values"},
+)

@@ -5,34 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
 
 from infsa_ops import onnx_tiling as tiles
 from infsa_ops.affinity_squared_norm import op as _registration  # noqa: F401  (registers the torch op)
+from infsa_ops.common import DOMAIN, VERSION
+from infsa_ops.onnx_operator import OnnxOperator
 
 NAME = "AffinitySquaredNorm"
-TORCH_OP = torch.ops.infsa.affinity_squared_norm.default
-
-SCHEMA = onnx.defs.OpSchema(
-    NAME,
-    "infsa",
-    1,
-    doc="The sum of relu(q k^T / d)^2 over all pairs of tokens.",
-    inputs=[
-        onnx.defs.OpSchema.FormalParameter("q", "T", "[B, H, N, d]"),
-        onnx.defs.OpSchema.FormalParameter("k", "T", "[B, H, M, d]"),
-    ],
-    outputs=[onnx.defs.OpSchema.FormalParameter("squared_norm", "tensor(float)", "[B, H]")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the tokens")],
-)
 
 
 def translate(q: Any, k: Any) -> Any:
     """Translate the torch op to its ONNX node, for `torch.onnx.export(custom_translation_table=…)`."""
-    return onnxscript.values.Opset("infsa", 1).AffinitySquaredNorm(q, k)
+    return onnxscript.values.Opset(DOMAIN, VERSION).AffinitySquaredNorm(q, k)
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
@@ -49,4 +36,15 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
         return op.Squeeze(op.Mul(tiles.total(op, cut, squares), op.Mul(unit, unit)), [-2, -1])
 
     inputs = [ir.Value(name=name) for name in ("q", "k")]
-    return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})
+    return onnxscript.build_function(trace, inputs, domain=DOMAIN, name=NAME, opset_imports={"": opset})
+
+
+OPERATOR = OnnxOperator(
+    name=NAME,
+    doc="The sum of relu(q k^T / d)^2 over all pairs of tokens.",
+    torch_op=torch.ops.infsa.affinity_squared_norm.default,
+    inputs=(("q", "T", "[B, H, N, d]"), ("k", "T", "[B, H, M, d]")),
+    outputs=(("squared_norm", "tensor(float)", "[B, H]"),),
+    translate=translate,
+    body=body,
+)

@@ -5,39 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
 
+from infsa_ops.common import DOMAIN, VERSION
 from infsa_ops.linear_state import op as _registration  # noqa: F401  (registers the torch op)
+from infsa_ops.onnx_operator import OnnxOperator
 from infsa_ops.onnx_tiling import nonempty
 
 NAME = "LinearInfSAStateUpdate"
-TORCH_OP = torch.ops.infsa.linear_state_update.default
-
-SCHEMA = onnx.defs.OpSchema(
-    NAME,
-    "infsa",
-    1,
-    doc="mass + sum(weights) and moment + sum(weights * values) over the tokens.",
-    inputs=[
-        onnx.defs.OpSchema.FormalParameter("weights", "T", "[B, H, N]"),
-        onnx.defs.OpSchema.FormalParameter("values", "T", "[B, G, N, d], G divides H"),
-        onnx.defs.OpSchema.FormalParameter("mass", "tensor(float)", "[B, H]"),
-        onnx.defs.OpSchema.FormalParameter("moment", "tensor(float)", "[B, H, d]"),
-    ],
-    outputs=[
-        onnx.defs.OpSchema.FormalParameter("mass_out", "tensor(float)", "[B, H]"),
-        onnx.defs.OpSchema.FormalParameter("moment_out", "tensor(float)", "[B, H, d]"),
-    ],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the tokens")],
-)
 
 
 def translate(weights: Any, values: Any, mass: Any, moment: Any) -> Any:
     """Translate the torch op to its ONNX node, for `torch.onnx.export(custom_translation_table=…)`."""
-    return onnxscript.values.Opset("infsa", 1).LinearInfSAStateUpdate(weights, values, mass, moment)
+    return onnxscript.values.Opset(DOMAIN, VERSION).LinearInfSAStateUpdate(weights, values, mass, moment)
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
@@ -58,4 +40,20 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
         return [mass_out, op.Add(moment, added)]
 
     inputs = [ir.Value(name=name) for name in ("weights", "values", "mass", "moment")]
-    return onnxscript.build_function(trace, inputs, domain="infsa", name=NAME, opset_imports={"": opset})
+    return onnxscript.build_function(trace, inputs, domain=DOMAIN, name=NAME, opset_imports={"": opset})
+
+
+OPERATOR = OnnxOperator(
+    name=NAME,
+    doc="mass + sum(weights) and moment + sum(weights * values) over the tokens.",
+    torch_op=torch.ops.infsa.linear_state_update.default,
+    inputs=(
+        ("weights", "T", "[B, H, N]"),
+        ("values", "T", "[B, G, N, d], G divides H"),
+        ("mass", "tensor(float)", "[B, H]"),
+        ("moment", "tensor(float)", "[B, H, d]"),
+    ),
+    outputs=(("mass_out", "tensor(float)", "[B, H]"), ("moment_out", "tensor(float)", "[B, H, d]")),
+    translate=translate,
+    body=body,
+)

@@ -5,38 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
 
 from infsa_ops import onnx_tiling as tiles
-from infsa_ops.common import EPSILON
+from infsa_ops.common import DOMAIN, EPSILON, VERSION
 from infsa_ops.neumann_kernel import op as _registration  # noqa: F401  (registers the torch op)
+from infsa_ops.onnx_operator import OnnxOperator
 
 NAME = "NeumannKernel"
-TORCH_OP = torch.ops.infsa.neumann_kernel.default
-
-SCHEMA = onnx.defs.OpSchema(
-    NAME,
-    "infsa",
-    1,
-    doc="The first `terms` terms of the Neumann series of relu(q k^T / d), Frobenius-normalised, applied to v.",
-    inputs=[
-        onnx.defs.OpSchema.FormalParameter("q", "T", "[B, H, N, d]"),
-        onnx.defs.OpSchema.FormalParameter("k", "T", "[B, H, N, d]"),
-        onnx.defs.OpSchema.FormalParameter("v", "T", "[B, H, N, d_v]"),
-        onnx.defs.OpSchema.FormalParameter("rho", "tensor(float)", "scalar or [H]"),
-    ],
-    outputs=[onnx.defs.OpSchema.FormalParameter("out", "T", "[B, H, N, d_v]")],
-    attributes=[onnx.defs.OpSchema.Attribute("terms", onnx.defs.OpSchema.AttrType.INT, "T, at least 1")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "dtype of the tokens")],
-)
 
 
 def translate(q: Any, k: Any, v: Any, rho: Any, terms: int) -> Any:
     """Translate the torch op to its ONNX node, for `torch.onnx.export(custom_translation_table=…)`."""
-    return onnxscript.values.Opset("infsa", 1).NeumannKernel(q, k, v, rho, terms=terms)
+    return onnxscript.values.Opset(DOMAIN, VERSION).NeumannKernel(q, k, v, rho, terms=terms)
 
 
 def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> ir.Function:
@@ -68,5 +51,22 @@ def body(attributes: Mapping[str, ir.Attr], opset: int, dtype: ir.DataType) -> i
 
     inputs = [ir.Value(name=name) for name in ("q", "k", "v", "rho")]
     return onnxscript.build_function(
-        trace, inputs, domain="infsa", name=NAME, attributes=[attributes["terms"]], opset_imports={"": opset}
+        trace, inputs, domain=DOMAIN, name=NAME, attributes=[attributes["terms"]], opset_imports={"": opset}
     )
+
+
+OPERATOR = OnnxOperator(
+    name=NAME,
+    doc="The first `terms` terms of the Neumann series of relu(q k^T / d), Frobenius-normalised, applied to v.",
+    torch_op=torch.ops.infsa.neumann_kernel.default,
+    inputs=(
+        ("q", "T", "[B, H, N, d]"),
+        ("k", "T", "[B, H, N, d]"),
+        ("v", "T", "[B, H, N, d_v]"),
+        ("rho", "tensor(float)", "scalar or [H]"),
+    ),
+    outputs=(("out", "T", "[B, H, N, d_v]"),),
+    translate=translate,
+    body=body,
+    attributes={"terms": "T, at least 1"},
+)
