@@ -138,10 +138,10 @@ class Deviation:
     """Deviation of simulated visits from expected ones.
 
     Attributes:
-        visits, expected: of a walker, all tokens together.
+        visits, expected: visits of a walker to all tokens together, simulated and expected.
         total: their difference, in standard errors.
         weighed: the same of visits that each count e_m: are they where they are expected?
-        distance: ‖v − e‖ in root mean squares of what chance makes of it. Over the allowance is as rare as for one
+        distance: ‖v − e‖ divided by its root mean square under chance. Over the allowance is as rare as for one
             normal variable: no weighted sum of squares has heavier tails (Székely & Bakirov 2003).
         relative: ‖v − e‖ / ‖e‖; 0 where nothing is expected.
         chance: root mean square of `relative` expected by chance.

@@ -196,7 +196,7 @@ def is_plain_mlp(mlp: nn.Module | None) -> bool:
 
 
 def _merge_projections(attention: Attention) -> Attention:
-    """Rewrite 5; the product is formed in float64. What the dtype has no numbers for stays two layers."""
+    """Apply rewrite 5, with the product formed in float64. Layers whose product overflows the dtype stay two."""
     out, dense = attention.out_proj, attention.dense
     if dense is None:
         return attention

@@ -123,7 +123,7 @@ class InfViT(nn.Module):
         self.head = nn.Linear(width, config.num_classes)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Tokens `[B, 1 + h·w, E]`, class token first, of normalised `pixels` `[B, 3, H, W]`."""
+        """Return tokens `[B, 1 + h·w, E]`, class token first, for normalised `pixels` `[B, 3, H, W]`."""
         patches = self.patch_embed(pixels)
         height, width = patches.shape[-2:]
         grid = self.config.grid_size
@@ -155,6 +155,6 @@ class InfViT(nn.Module):
         return features if self.pooler is None else torch.tanh(self.pooler(features))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` of `pixels` `[B, 3, H, W]`, normalised; H and W multiples of the patch."""
+        """Return logits `[B, num_classes]` for `pixels` `[B, 3, H, W]`, normalised; H and W multiples of the patch."""
         logits: Tensor = self.head(self.forward_features(pixels))
         return logits

@@ -47,7 +47,7 @@ def cubic_weights(points: Tensor, size: int | Tensor, trained: int) -> Tensor:
 
 
 def resample(positions: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Position embeddings `[h0, w0, E]` by the weights of each axis, `[h, h0]` and `[w, w0]`: `[h, w, E]`.
+    """Resample position embeddings `[h0, w0, E]` by the weights of each axis, `[h, h0]` and `[w, w0]`: `[h, w, E]`.
 
     In the dtype of the weights, which is at least float32.
     """
@@ -57,9 +57,9 @@ def resample(positions: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def interpolate_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings `[h0, w0, E]` resampled to `[height, width, E]`, in their dtype.
+    """Resample position embeddings `[h0, w0, E]` to `[height, width, E]`, in their dtype.
 
-    Half types have no exact coordinates beyond 256 or 2048, so all is computed in float32 and rounded last.
+    Half types have no exact coordinates beyond 256 or 2048, so float32 is used and the result rounded last.
     """
     dtype = torch.promote_types(positions.dtype, torch.float32)
     rows, columns = (

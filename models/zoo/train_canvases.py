@@ -3,8 +3,8 @@
 
     python models/zoo/train_canvases.py linear_infsa pure_infsa
 
-Each lands in `models/zoo/canvases-<name>`, as those of `train_digits.py` do, trained at 64×64 alone and measured at
-64², 128² and 256², where the digit is as large as it was and the canvas 4 and 16 times as large.
+Each model is written to `models/zoo/canvases-<name>`, like those of `train_digits.py`. It is trained at 64×64 only and
+measured at 64², 128² and 256². The digit keeps its size; the canvas has 4 and 16 times the area.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from infvit.config import InfViTConfig
 from infvit.network import InfViT
 
 PATCH, DIGIT, TRAINED, SMOOTH = 8, 24, 64, 16
-"""Pixels: sides of a patch, a digit and a training canvas; between the bumps of a texture."""
+"""Sizes in pixels: sides of a patch, a digit and a training canvas; distance between the bumps of a texture."""
 SIZES = (64, 128, 256)
 SAMPLES = {64: 10, 128: 10, 256: 2}
 """Held-out canvases that ship, by size."""
@@ -66,7 +66,7 @@ def texture(random: np.random.Generator, count: int, size: int) -> NDArray[np.fl
 def canvases(
     random: np.random.Generator, ink: NDArray[np.uint8], size: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A canvas for every digit `[n, 24, 24, 3]`: uint8 `[n, size, size, 3]`; and their places, `[n, 2]` in patches."""
+    """Put digits `[n, 24, 24, 3]` on canvases, uint8 `[n, size, size, 3]`; also return places, `[n, 2]` in patches."""
     images = texture(random, len(ink), size)
     places = random.integers(0, (size - DIGIT) // PATCH + 1, (len(ink), 2))
     for image, digit, (top, left) in zip(images, ink, places * PATCH, strict=True):
@@ -84,7 +84,7 @@ def held_out(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[n
 
 
 def right(network: InfViT, size: int) -> float:
-    """Share of the held-out canvases of a size that a network names rightly."""
+    """Return the share of held-out canvases of a size that a network classifies correctly."""
     images, labels, _ = held_out(size)
     with torch.no_grad():
         parts = [network(normalise(torch.from_numpy(part))) for part in np.array_split(images, 15)]
@@ -92,7 +92,7 @@ def right(network: InfViT, size: int) -> float:
 
 
 def train(config: InfViTConfig) -> tuple[InfViT, float]:
-    """The trained network, and the seconds it took."""
+    """Train a network; return it and the seconds it took."""
     torch.manual_seed(CANVASES["seed"])
     random = np.random.default_rng(CANVASES["seed"])
     generator = torch.Generator().manual_seed(CANVASES["seed"])
@@ -112,7 +112,7 @@ def train(config: InfViTConfig) -> tuple[InfViT, float]:
 
 
 def save(network: InfViT, seconds: float, folder: Path) -> dict[str, float]:
-    """Write a checkpoint; the accuracy at every size."""
+    """Write a checkpoint; return the accuracy at every size."""
     accuracy = {f"{size}": round(right(network, size), 4) for size in SIZES}
     count = len(digits(DIGIT)[3])
     share = {size: DIGIT**2 / size**2 for size in SIZES}
@@ -132,7 +132,7 @@ def save(network: InfViT, seconds: float, folder: Path) -> dict[str, float]:
 
 
 def save_samples(folder: Path) -> None:
-    """Held-out canvases of each size in a folder per class, one of a digit, and a table of where the digits are."""
+    """Write held-out canvases of each size, one of a digit, in a folder per class, and a table of the places."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "canvases.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")

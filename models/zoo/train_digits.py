@@ -3,8 +3,8 @@
 
     python models/zoo/train_digits.py linear_infsa pure_infsa softmax
 
-Each lands in `models/zoo/digits-<name>` as weights, config with labels and preprocessing, and how it was trained and
-how well. Weights and figures are deterministic for one version of torch on one kind of processor.
+Each is written to `models/zoo/digits-<name>`: weights, config with labels and preprocessing, training record and
+accuracy. Weights and figures are deterministic for one version of torch on one kind of processor.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image of the batch moved by −2 to 2 pixels each way, its edges replicated."""
+    """Shift every image of the batch by −2 to 2 pixels each way, its edges replicated."""
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), mode="replicate")
     offsets = torch.randint(0, 5, (len(pixels), 2), generator=generator).tolist()
     side = pixels.shape[-1]
@@ -91,7 +91,7 @@ def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def fit(
     network: InfViT, recipe: dict[str, Any], steps: int, epoch: Callable[[], Iterable[tuple[Tensor, Tensor]]]
 ) -> float:
-    """Train by a recipe on `steps` batches, pixels `[B, 3, H, W]` and labels, that `epoch` gives; seconds it took."""
+    """Train by a recipe on `steps` batches, pixels `[B, 3, H, W]` and labels, from `epoch`; return seconds."""
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=recipe["weight_decay"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["peak_learning_rate"], total_steps=steps)
     started = time.perf_counter()
@@ -112,7 +112,7 @@ def fit(
 
 
 def train(config: InfViTConfig) -> tuple[InfViT, float, float]:
-    """The trained network, its accuracy on the held-out digits and the seconds it took."""
+    """Train a network; return it, its accuracy on the held-out digits and the seconds it took."""
     torch.manual_seed(RECIPE["seed"])
     generator = torch.Generator().manual_seed(0)
     images, labels, held_out, held_out_labels = (torch.from_numpy(array) for array in digits())
@@ -130,7 +130,7 @@ def train(config: InfViTConfig) -> tuple[InfViT, float, float]:
 
 
 def write(network: InfViT, folder: Path, trained: dict[str, Any], card: str) -> None:
-    """A checkpoint with its config, how it was trained and its card."""
+    """Write a checkpoint with its config, training record and model card."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in network.state_dict().items()}, folder / "model.safetensors")
     config = network.config.to_dict() | {
@@ -168,7 +168,7 @@ def save(network: InfViT, accuracy: float, seconds: float, folder: Path) -> None
 
 
 def save_samples(folder: Path, per_class: int = 2) -> None:
-    """The first held-out digits of every class as PNG, named by label."""
+    """Write the first held-out digits of every class as PNG, named by label."""
     folder.mkdir(parents=True, exist_ok=True)
     _, _, images, labels = digits()
     for digit in range(10):

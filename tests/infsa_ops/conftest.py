@@ -1,4 +1,4 @@
-"""What the operators' tests share: random tokens, the measure of error, both operators exported to ONNX."""
+"""Shared fixtures of the operators' tests: random tokens, the measure of error, both operators exported to ONNX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block of Pure InfSA: accurate, additive over keys and queries, all that the Neumann kernel is made of."""
+"""A block of Pure InfSA: accurate, additive over keys and queries, sufficient to build the Neumann kernel."""
 
 from __future__ import annotations
 

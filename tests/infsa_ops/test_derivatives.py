@@ -137,7 +137,7 @@ def test_transforms_of_torch_func(name: str, transform: str) -> None:
 
 
 def test_tangents_of_forward_mode(name: str) -> None:
-    """A tangent beside each argument in turn; and with a gradient wanted at once."""
+    """A tangent for each argument in turn, also with a gradient required at the same time."""
     arguments = OPERATORS[name].arguments()
     for place in range(len(arguments)):
         found = []

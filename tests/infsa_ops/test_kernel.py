@@ -1,7 +1,7 @@
-"""The Triton kernel of Pure InfSA: right in Triton's interpreter, compiled for A100 and H100, run where there is a GPU.
+"""The Triton kernel of Pure InfSA: correct in Triton's interpreter, compiled for A100 and H100, run if there is a GPU.
 
-What is interpreted runs in a process of its own (`helpers/interpreted.py`), on the CPU. What is compiled is what the
-operators would launch on such a card, down to the cubin, with no card there.
+Interpreted kernels run in their own process (`helpers/interpreted.py`), on the CPU. Compiled kernels are those that the
+operators would launch on such a card, down to the cubin; this needs no card.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def test_without_triton_torch_computes_and_says_so_once(monkeypatch):
     ],
 )
 def test_torch_is_told_what_runs_on_a_gpu(module, operator):
-    """Seen without one: CUDA has an implementation of its own, which the tests above run."""
+    """CUDA has its own implementation, visible without a GPU; the tests above run it."""
     assert "cuda" in getattr(importlib.import_module(f"infsa_ops.{module}.op"), operator)._backend_fns
 
 
@@ -263,7 +263,7 @@ SPILLED = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else
 
 
 class Card:
-    """What Triton asks its driver about a card before it compiles."""
+    """Driver properties of a card that Triton reads before it compiles."""
 
     def __init__(self, capability: int) -> None:
         self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)

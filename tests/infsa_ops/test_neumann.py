@@ -18,7 +18,7 @@ from infsa_ops.neumann_kernel import reference
 from infsa_ops.neumann_kernel.bounds import a_posteriori_bound, a_priori_bound, series_term, terms_for
 
 ROUNDING = 1e-13
-"""Of the limit itself, relative to ‖V‖."""
+"""Tolerance of the limit itself, relative to ‖V‖."""
 
 
 def norm(tensor: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_the_rest_is_within_both_bounds(rho, terms, tokens, dominant, seed, rand
 
 
 def test_bounds_are_attained_by_one_token(random_tokens):
-    """Of one token Â is 1 but for ε: a smaller bound would be wrong."""
+    """One token has Â = 1 apart from ε: a smaller bound would be wrong."""
     q, k, v = random_tokens(1, 1, 1, 4, torch.float64)
     q, k = with_dominant_token(q, k)
     rest = norm(reference.neumann_limit(q, k, v, 0.8) - infsa_ops.neumann_kernel(q, k, v, 0.8, terms=3))
@@ -93,7 +93,7 @@ def test_bounds_are_attained_by_one_token(random_tokens):
 
 @pytest.mark.parametrize("terms", [1, 3, 41, 327])
 def test_the_last_term_does_not_cancel(terms, random_tokens):
-    """As a difference of two series in float32 it is exactly 0 from some 40 terms on."""
+    """The difference of two series in float32 is exactly 0 from about 40 terms on."""
     q, k, v = random_tokens(1, 2, 30, 4, torch.float32)
     scores = reference.neumann_scores(q.double(), k.double(), 0.95)
     expected = torch.linalg.matrix_power(scores, terms) @ v.double()

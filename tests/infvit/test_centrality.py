@@ -40,7 +40,7 @@ def without(q: Tensor, k: Tensor, rows=(), columns=()) -> tuple[Tensor, Tensor]:
 
 
 def bipartite(size: int) -> Tensor:
-    """λ and −λ are both eigenvalues: plain power iteration goes to and fro."""
+    """λ and −λ are both eigenvalues: plain power iteration oscillates."""
     block = torch.rand(2, size, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     zero = torch.zeros(size, size)
     return torch.cat([torch.cat([zero, block[0]], 1), torch.cat([3 * block[1], zero], 1)])
@@ -145,7 +145,7 @@ def test_scores_are_the_reference_packages(case):
 
 @pytest.mark.parametrize(("common", "left", "right"), [(0.0, 0.825, 0.483), (0.6, 0.985, 0.742), (1.0, 0.999, 0.842)])
 def test_scores_are_nearest_to_the_left_eigenvector(common, left, right):
-    """What "structured" must mean for the paper's 0.985: a direction that queries and keys have in common decides it.
+    """Test the paper's 0.985 for "structured" tokens: it depends on a direction common to queries and keys.
 
     Tokens in four clusters, with noise as large as these, lengths that vary by a third, and the common direction 0.6
     as large. Lengths and clusters move the left cosine by 0.01; equal lengths bring the right one to 0.82.
@@ -188,7 +188,7 @@ KINDS = {
     "triangular": "katz",
     "one_token": "literal",
 }
-"""How each case is read as a chain."""
+"""Kind of chain expected for each case."""
 
 
 def chain_in(case: str, rho: float = RHO):
@@ -245,7 +245,7 @@ def test_another_chain_is_noticed(case):
 
 
 def test_errors_are_what_chance_makes():
-    """Over many seeds, squared deviations are 1 on average: neither is chance overrated, nor the allowance empty."""
+    """Squared deviations average 1 over many seeds: chance is not overestimated and the allowance is effective."""
     q, k, chain = chain_in("in_common")
     expected = exact_visits(S_OF["in_common"], chain.weights.numpy())
     found = [

@@ -1,4 +1,4 @@
-"""Golden checkpoints of every layout, where settings come from, and what cannot be deployed."""
+"""Golden checkpoints of every layout, sources of settings, and checkpoints that cannot be deployed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every word of a checkpoint's config is read: what decides the function holds, is refused, or is told."""
+"""Every word of a checkpoint's config is read: those that decide the function are accepted, refused or reported."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_word_that_contradicts_the_network_is_refused_by_name(load, place, fam
 
 @pytest.mark.parametrize("family", PATHS)
 def test_what_the_network_does_compute_is_taken(load, family):
-    """In every spelling of it."""
+    """Test every spelling of a word."""
     words = {name: fixed.accepted[0] for name, fixed in FIXED.items() if fixed.accepted}
     plain = {"embed_dim": 64, "drop_path_rate": 0.1, "architecture": "vit_base_patch16_224.augreg_in21k"}
     checkpoint = load(family, words | plain | {"init_values": None, "model_args": {"act_layer": "gelu"}})
@@ -108,7 +108,7 @@ def test_a_null_says_nothing_and_a_loss_changes_no_answer(load):
 
 @pytest.mark.parametrize(("word", "other"), [("mean", "image_mean"), ("num_classes", "num_labels")])
 def test_values_nested_too_deeply_to_compare_are_refused(word, other):
-    """Pickles may hold such."""
+    """Values that pickles may contain."""
 
     def nested() -> list[Any]:
         value: list[Any] = []

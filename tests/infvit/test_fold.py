@@ -1,4 +1,4 @@
-"""Folding changes nothing but the work."""
+"""Folding changes only the amount of computation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_same_function(changes, size):
 
 
 def test_epsilon_stays_where_it_was():
-    """With weights this small, ε decides the divisors: misplaced, the result would be another."""
+    """Small weights make ε dominate the divisors, so a misplaced ε changes the result."""
     network = random_network()
     with torch.no_grad():
         for attention in network.attentions:
@@ -84,7 +84,7 @@ def test_the_network_stays_as_it_was_and_shares_its_weights():
 
 
 def multiply_adds_per_token(network: InfViT, tokens=1024) -> float:
-    """Of matrix products in the encoder, per patch token and E²."""
+    """Multiply-adds of matrix products in the encoder, per patch token and E²."""
     embedded = torch.randn(1, tokens, network.config.embed_dim)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.encoder(embedded)

@@ -1,4 +1,4 @@
-"""What a PyTorch file may not hold is found before torch reads it: code, and little that becomes much."""
+"""Forbidden contents of a PyTorch file are found before torch reads it: code, and small data that expands."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_an_archive_whose_large_record_leads_elsewhere(state, tmp_path):
 
 
 def test_an_archive_of_more_than_4_gib_says_elsewhere_where_its_directory_is(tmp_path):
-    """As torch.save always writes it, for archives of any size."""
+    """Records that torch.save always writes, for archives of any size."""
     file = tmp_path / "checkpoint.pth"
     torch.save({"x": torch.zeros(3)}, file)
     content = file.read_bytes()
@@ -264,7 +264,7 @@ def test_a_tar_of_old(tmp_path):
 
 
 def test_one_number_seen_many_times_is_no_tensor(state, tmp_path):
-    """What `expand` saves: one number, a stride of zero, and as many of it as one likes."""
+    """Tensor saved after `expand`: one number with a stride of zero, repeated any number of times."""
     shared = torch.zeros(1).expand(10**6, 10**6)
     assert "far more numbers than the file" in refused(state | {"head.weight": shared}, tmp_path)
     tied = state | {"head.weight": state["encoder.layers.0.ff.0.weight"][:10]}

@@ -1,4 +1,4 @@
-"""A rewrite fires only on modules that are what it takes them for: whatever was done to one, the function stays."""
+"""Rewrites apply only to plain modules: a modified module keeps its function."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PLACES = (
 
 
 def mixed(x: torch.Tensor) -> torch.Tensor:
-    """Something of every token, or of every patch."""
+    """Module whose result depends on every token or patch."""
     return x * (1 + torch.tanh(x).mean(1, keepdim=True))
 
 
 class Adapter(nn.Linear):
-    """A linear layer whose weights are not all there is to it, like low-rank adapters."""
+    """Linear layer that computes with more than its weights, like a low-rank adapter."""
 
     def forward(self, x):
         return super().forward(x) + torch.sin(3 * super().forward(x))
@@ -77,7 +77,7 @@ def hook_before(module: nn.Module) -> bool:
 
 
 class Quantised(torch.Tensor):
-    """A weight that torch multiplies in its own way, as those of torchao."""
+    """Weight with its own multiplication in torch, like those of torchao."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

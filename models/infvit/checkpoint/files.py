@@ -1,4 +1,4 @@
-"""From a path to raw tensors and raw settings. Nothing is ever unpickled but tensors and plain containers."""
+"""Read raw tensors and settings from a path. Only tensors and plain containers are ever unpickled."""
 
 from __future__ import annotations
 

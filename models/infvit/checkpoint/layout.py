@@ -73,7 +73,7 @@ def match_layout(layout: Layout, keys: Collection[str]) -> Match:
 
 
 def choose_layout(keys: Collection[str], readers: Sequence[Layout], name: str = "auto") -> Match:
-    """The reader that matches `keys` best, in full.
+    """Choose the reader that matches `keys` best, in full.
 
     Args:
         keys: of the checkpoint.
@@ -120,7 +120,7 @@ def _split_layer(key: str) -> tuple[str, int | None]:
 
 
 def _with_suffixes(patterns: Mapping[str, str]) -> dict[str, str]:
-    """`*` written out as `weight` and `bias`."""
+    """Expand `*` to `weight` and `bias`."""
     written: dict[str, str] = {}
     for pattern, canonical in patterns.items():
         suffixes: Iterable[str] = ("weight", "bias") if pattern.endswith("*") else ("",)
@@ -130,7 +130,7 @@ def _with_suffixes(patterns: Mapping[str, str]) -> dict[str, str]:
 
 
 def _at_every_layer(patterns: Mapping[str, str], depth: int) -> dict[str, str]:
-    """Patterns written out for `depth` layers, at least one."""
+    """Expand patterns for `depth` layers, at least one."""
     written: dict[str, str] = {}
     for pattern, canonical in patterns.items():
         for layer in range(max(depth, 1)) if "{i}" in pattern else (0,):

@@ -18,10 +18,10 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def read_preprocessing(sources: Iterable[Source]) -> tuple[dict[str, Any], list[str]]:
-    """The preprocessing that `sources` state, the first source winning key by key.
+    """Read the preprocessing stated by `sources`, the first source winning key by key.
 
     Returns:
-        Of these what was found: `mean` and `std` (3 floats each, for pixels in [0, 1]), `resize_mode`,
+        The values found: `mean` and `std` (3 floats each, for pixels in [0, 1]), `resize_mode`,
         `resize_size`, `crop_size`, `interpolation`. And a sentence for each that another source contradicts.
 
     Raises:
@@ -65,7 +65,7 @@ def _under_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
-    """From the fields of an image processor (`preprocessor_config.json`)."""
+    """Read the fields of an image processor (`preprocessor_config.json`)."""
     found: dict[str, Any] = {}
     if not any(key in values for key in _IMAGE_PROCESSOR):
         return found  # `size` and `resample` may mean anything elsewhere
@@ -97,7 +97,7 @@ def _from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """From the `pretrained_cfg` of a timm `config.json` (`timm.data.create_transform`)."""
+    """Read the `pretrained_cfg` of a timm `config.json` (`timm.data.create_transform`)."""
     values = values.get("pretrained_cfg", {})
     if not isinstance(values, Mapping):
         return {}

@@ -1,4 +1,4 @@
-"""From shapes and settings to an InfViTConfig."""
+"""Build an InfViTConfig from shapes and settings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def resolve_config(
 
 
 def _read_shapes(tensors: Mapping[str, Named]) -> dict[str, Any]:
-    """The fields of InfViTConfig that the tensors' shapes and names tell."""
+    """Read the fields of InfViTConfig given by the tensors' shapes and names."""
     patch = _of_rank(tensors["patch_embed.weight"], 4, "[E, 3, P, P]")
     positions = _of_rank(tensors["pos_embed"], 3, "[1, 1 + g·g, E]")
     hidden = _of_rank(tensors["encoder.layers.0.ff.0.weight"], 2, "[MLP, E]")

@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def short(self) -> str:
-        """Return its text, without a folder."""
+        """Text of the setting, without a folder."""
         return f"{self.key} in {self.source.short}: {reprlib.repr(self.value)}"
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Setting:
 
 
 def config_sources(weights: RawCheckpoint, config_file: Path | None) -> list[Source]:
-    """The configs there are, the most telling first: `--config`, the checkpoint's own, sidecar files.
+    """Read the configs, in order of precedence: `--config`, the checkpoint's own, sidecar files.
 
     Raises:
         CheckpointError: a file that is not a JSON object.
@@ -97,7 +97,7 @@ def config_sources(weights: RawCheckpoint, config_file: Path | None) -> list[Sou
 
 
 def _parts(source: Source) -> list[Source]:
-    """A config, and before it what timm keeps in one: arguments of the network, which come before its other words."""
+    """Split a config: timm's `model_args`, if any, take precedence over its other words."""
     arguments = source.values.get("model_args")
     if not isinstance(arguments, Mapping):
         return [source]
@@ -154,7 +154,7 @@ def equal(value: Any, other: Any) -> bool:
 
 
 def integer(setting: Setting) -> int:
-    """A whole number of at least 1.
+    """Return a whole number of at least 1.
 
     Raises:
         CheckpointError: anything else.
@@ -165,7 +165,7 @@ def integer(setting: Setting) -> int:
 
 
 def number(setting: Setting, below: float = sys.float_info.max) -> float:
-    """A number above 0 and below `below`.
+    """Return a number above 0 and below `below`.
 
     Raises:
         CheckpointError: anything else.
@@ -202,7 +202,7 @@ def _is_pair(label: list[Any]) -> bool:
 
 
 def read_labels(setting: Setting | None, num_classes: int) -> tuple[str, ...] | None:
-    """Class names: a list of them, `{"0": name, …}`, `{name: 0, …}`, or either of the first with Keras' pairs.
+    """Read class names: a list of them, `{"0": name, …}`, `{name: 0, …}`, or either of the first with Keras' pairs.
 
     A pair is `["n01440764", "tench"]`, a WordNet ID and a name; the name is taken.
 

@@ -1,4 +1,4 @@
-"""From a layout's tensors to the network's own: renamed, split, checked, float32."""
+"""Convert a layout's tensors to the network's: rename, split, check, cast to float32."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def shape_text(tensor: Tensor) -> str:
 
 
 def _check_storage(tensors: Sequence[Tensor]) -> None:
-    """Refuse views that make much of little: tied weights share a storage, but none has its numbers many times."""
+    """Refuse expanded views: tied weights may share a storage, but no storage may be repeated many times."""
     plain = [tensor for tensor in tensors if _is_ordinary(tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in plain}
     used = sum(tensor.numel() * tensor.element_size() for tensor in plain)

@@ -29,6 +29,6 @@ READERS: tuple[Layout, ...] = (
     transformers4_wrapped.LAYOUT,
     timm.LAYOUT,
 )
-"""In the order they are tried; torchvision's attention has two forms under one name."""
+"""Layouts in the order they are tried; torchvision's attention has two forms under one name."""
 
 __all__ = ["LAYOUTS", "READERS"]

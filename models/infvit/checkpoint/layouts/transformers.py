@@ -11,13 +11,13 @@ SHARED = {
     "vit.layernorm.*": "encoder.norm.*",
     "classifier.*": "head.*",
 }
-"""Outside the layers, all versions."""
+"""Names outside the layers, in all versions."""
 
 # The classification model makes no pooler; a model built for the paper's sizes has one.
 POOLER = {"vit.pooler.dense.*": "pooler.*"}
 
 IGNORED = ("vit.embeddings.mask_token", "vit.embeddings.position_ids")
-"""For masked image modelling; a buffer of old versions."""
+"""Ignored keys: one for masked image modelling, and a buffer of old versions."""
 
 LAYOUT = Layout(
     name="transformers",
