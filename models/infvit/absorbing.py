@@ -165,7 +165,7 @@ class Deviation:
 
 
 def compare_visits(visits: Floats, expected: Floats, walkers: int) -> Deviation:
-    """Judge visits `[BATCHES, N]` of `simulate` by `expected_visits` `[N]`.
+    """Compare visits `[BATCHES, N]` of `simulate` by `expected_visits` `[N]`.
 
     A variance is taken from the batches, but never below that of rare events, which batches may have missed, and one
     visit is always allowed for.

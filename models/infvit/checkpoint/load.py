@@ -35,10 +35,10 @@ DEFAULT_RHO = 0.95
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, understood.
+    """A loaded checkpoint.
 
     Attributes:
-        config: what the network is.
+        config: configuration of the network.
         state_dict: of `InfViT(config)`: canonical names, float32, complete, finite.
         layout: the layout the file is in.
         finetuned: False for a softmax ViT's projections: no discount in the file, it was filled in.
@@ -47,8 +47,8 @@ class Checkpoint:
         preprocessing: what a config says of it, of `mean`, `std`, `resize_mode`, `resize_size`, `crop_size`
             and `interpolation` (`infvit.checkpoint.preprocessing`).
         assumed: values that were neither found nor given.
-        overridden: sentences, each of a value that was used and another one that a config states.
-        unread: words of the configs that nothing reads, with their sources.
+        overridden: sentences, each naming a value that was used and a different one from a config.
+        unread: words of the configs that are not used, with their sources.
         files: weight files read; what a config said is in `config`.
     """
 

@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 def check(path: Path) -> None:
-    """Read a `.pt`, `.pth` or `.bin` file's archive and pickles without making anything of them.
+    """Check the archive and pickles of a `.pt`, `.pth` or `.bin` file without creating their objects.
 
     Raises:
         Refused: it names something else than what tensors and containers need; its text is that name.
@@ -96,7 +96,7 @@ class _Uncalled(int):
 
 
 def _check_pickle(file: IO[bytes]) -> None:
-    """Run a pickle's opcodes on numbers, the sizes of the objects that they would make."""
+    """Run a pickle's opcodes on the sizes of the objects that they would create."""
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}

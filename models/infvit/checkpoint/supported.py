@@ -16,7 +16,7 @@ from infvit.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Fixed:
-    """A word with one meaning here.
+    """A word with one supported meaning.
 
     Attributes:
         accepted: values that mean what an InfViT computes; null always does.
@@ -30,7 +30,7 @@ class Fixed:
 
 
 def _class(module: str, name: str) -> tuple[str, ...]:
-    """A class as configs write it: its name, or what Python prints of it."""
+    """Return the spellings of a class in configs: its name, or its Python repr."""
     return name, name.lower(), f"<class '{module}.{name}'>"
 
 
