@@ -216,7 +216,7 @@ def test_the_report(peers, tmp_path):
     assert found["linear-fp32"]["limit"] == pytest.approx(32 * tokens * 28 * width**2 * 0.002 / (product / 16))
     assert found["gemm-torch-float16"]["giga_operations_per_second"] == pytest.approx(2 * product / 0.004 / 1e9)
     # attention by float16, too
-    pure = peers.report.matmul_cost(peers.networks.CONFIGS["pure"].to_dict(), True, tokens)
+    pure = peers.report.matmul_cost(peers.networks.CONFIGS["pure"], True, tokens)
     assert found["pure-fp16"]["limit"] == pytest.approx(32 * (pure.dense + pure.attention) * 0.004 / product)
     assert found["linear-engine-fp16"]["limit"] is None
 

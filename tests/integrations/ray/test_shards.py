@@ -117,7 +117,7 @@ def test_a_copy_of_what_was_fetched_is_deleted(ray, bundle, scene):
     before = left()
     (row,) = scaled("local", 2, True, bundle, options_of(), [f"file://{scene}"], ProgressListener())
     assert not isinstance(row, Failure)
-    assert left() == before
+    assert not left() - before  # others may delete their own meanwhile
 
 
 def test_lack_of_memory_is_the_image_s_failure(ray, bundle, scene, monkeypatch):
