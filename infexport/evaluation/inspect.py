@@ -154,7 +154,8 @@ def read_graph(bundle: Bundle, provider: str | None = None, engine: str | None =
 
     Args:
         bundle: opened; one that was changed is loaded only where that is asked for.
-        provider, engine: as of `runners.opening.RunnerFactory`; with neither it is loaded on the CPU, if it can be.
+        provider, engine: see `inference.runners.factory.RunnerFactory`; with neither it is loaded on the CPU, if
+            that is possible.
 
     Raises:
         InfexportError: a provider or an engine was asked for, and it cannot be loaded there.

@@ -32,14 +32,14 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Share:
-    """So many of so many."""
+    """A count of a total."""
 
     count: int
     total: int
 
     @property
     def share(self) -> float:
-        """In [0, 1]; not a number where there are none."""
+        """The share, in [0, 1]; NaN where the total is 0."""
         return self.count / self.total if self.total else math.nan
 
     def to_dict(self) -> dict[str, Any]:

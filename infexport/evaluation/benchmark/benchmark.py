@@ -62,7 +62,7 @@ def benchmark(
         batch: images at once.
         repeats: runs that count, at least 1; on a GPU more where they would take less than a second. None for REPEATS,
             on a GPU for REPEATS_ON_GPU.
-        provider, engine, threads: as of `runners.opening.RunnerFactory`.
+        provider, engine, threads: see `inference.runners.factory.RunnerFactory`.
         max_seconds: a size is left out whose batch would take longer, even at the machine's limit; none is where
             there is no limit.
         listener: told of every size.

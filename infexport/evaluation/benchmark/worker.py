@@ -69,7 +69,7 @@ def measure(request: dict[str, Any], tell: Tell) -> None:
             provider is one.
         tell: takes `refused` where the runner does not take the shape; else `answered` after the first answer, then
             `peak_memory` in bytes, `seconds` of every run that counts, `gemm`, seconds by kind, and on a GPU `on_gpu`,
-            the fields of `measurements.OnGpu`.
+            the fields of `result.OnGpu`.
 
     Raises:
         InfexportError: the bundle, the provider or memory.

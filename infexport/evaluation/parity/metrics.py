@@ -90,7 +90,7 @@ def compare(logits: Array, truth: Array, tolerance: Tolerance, terms: Array | No
         logits: what is judged.
         truth: what they should be.
         tolerance: of the precision.
-        terms: for every logit the root of the sum of squares of its terms (`layerwise.summand_size`), for an error is
+        terms: for every logit the root of the sum of squares of its terms (`layers.summand_size`), for an error is
             of their size. Where they cancel, as in a single logit near zero, that is more than the truth's.
 
     Raises:

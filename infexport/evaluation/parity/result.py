@@ -91,7 +91,7 @@ class ParityResult:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The verdict in words."""
         verdict = "parity holds" if self else "parity FAILED"
         return verdict if self.verified else f"{verdict} (unverified: the bundle was modified)"
 

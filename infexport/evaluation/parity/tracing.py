@@ -44,7 +44,7 @@ class Trace:
 
 
 def trace_torch(runner: TorchRunner, images: NDArray[np.uint8]) -> Trace:
-    """In PyTorch, without states."""
+    """Trace the checkpoint in PyTorch, without states."""
     logits, features, *tokens = runner.observe(images)
     return Trace(tokens, [{} for _ in tokens], features, logits)
 
@@ -54,7 +54,7 @@ class GraphTracer:
 
     Args:
         bundle: whose graph it is.
-        provider, threads: as of `runners.ort.open_memory_session`.
+        provider, threads: see `inference.runners.onnxruntime.open_memory_session`.
 
     Raises:
         InfexportError: a graph whose activations have no names, or one that cannot be loaded.

@@ -1,4 +1,4 @@
-"""In which order inputs are shown, and under which names."""
+"""Order of the inputs in a report, and their names."""
 
 from __future__ import annotations
 
