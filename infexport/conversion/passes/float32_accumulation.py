@@ -19,7 +19,7 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 class SumInFloat32(Pass):
     """Ask for float32 sums of every product of factors in a half type.
 
-    Ensures that no product of two such factors is left.
+    Ensures that no product of two such factors is left in the graph itself.
 
     Args:
         dtype: of the factors.

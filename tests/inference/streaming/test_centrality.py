@@ -66,3 +66,11 @@ def test_not_asked_for_it_costs_nothing(golden_bundle):
         assert stream(bundle, runner, source, chunk=64).centrality is None
     assert called
     assert not any("columns" in graph for graph in called)
+
+
+def test_epsilon_is_the_operators():
+    """Streaming needs no torch, so the number stands in two places."""
+    import infsa_ops
+    from infexport.inference.streaming.centrality import EPSILON
+
+    assert EPSILON == infsa_ops.EPSILON
