@@ -47,6 +47,7 @@ NONSENSE = [
     {"config": {}}, {"config__patch_size": "8"}, {"config__patch_size": 0}, {"config__image_size": 10**12},
     {"config__qkv_bias": "yes"}, {"config__norm_eps": "small"}, {"config__variant": 3}, {"files": []}, {"files": {}},
     {"preprocessing__more": 1}, {"config__more": 1}, {"config__num_heads": 7}, {"neumann": {"terms": 1, "more": 2}},
+    {"preprocessing": {"mean": [0] * 3, "std": [1] * 3, "resize_mode": "exact", "resize_size": 8, "crop_size": 8}},
     {"checkpoint": {}}, {"preprocessing": {}}, {"preprocessing__mean": "abc"}, {"preprocessing__std": [0, 0, 0]},
     {"versions": 3}, {"format": "1"}, {"unheard_of": 1}, {"neumann": {}},
     {"neumann": {"terms": 3, "a": 1.0, "b": 1.0}}, {"input": "float8"},
