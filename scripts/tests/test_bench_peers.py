@@ -1,4 +1,4 @@
-"""What scripts/benchmarks/bench_peers.py measures against is what it says it is, and its reports say all of it."""
+"""Peers of scripts/benchmarks/bench_peers.py are the networks that it names, and its reports are complete."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""What scripts/benchmarks/bench_peers.py does on a GPU, as far as a machine without one can tell."""
+"""GPU side of scripts/benchmarks/bench_peers.py, as far as a machine without a GPU can test it."""
 
 import importlib
 import json

@@ -46,13 +46,19 @@ class Quantize(Pass):
 
     def __init__(self, stats: Mapping[str, ActivationStats] | None = None, signed: bool = False) -> None:
         self._stats, self._signed = stats, signed
+        self._by_node: dict[ir.Node, ActivationStats] = {}
 
     def requires(self, model: ir.Model) -> None:
         if self._signed and self._stats is None:
             raise ValueError("signed activations need ranges that are fixed, and there are none")
+        self._by_node = {}
+        if self._stats is None:
+            return
         for product in _lowered(model.graph):
-            if self._stats is not None and weight_key(product) not in self._stats:
+            found = self._stats.get(weight_key(product))
+            if found is None:
                 raise ValueError(f"{product.weight.name} was not calibrated: the calibration is of another model")
+            self._by_node[product.node] = found
 
     def apply(self, model: ir.Model) -> None:
         rewrite = _Int8(model.graph)
@@ -60,7 +66,7 @@ class Quantize(Pass):
             if self._stats is None:
                 rewrite.dynamic(product)
             else:
-                rewrite.fixed(product, self._stats[weight_key(product)], self._signed)
+                rewrite.fixed(product, self._by_node.pop(product.node), self._signed)
 
     def ensures(self, model: ir.Model) -> None:
         left = _lowered(model.graph)
